@@ -1,0 +1,343 @@
+"""What a run is: frozen dataclasses, standard library only.
+
+A field's unit is in its name (`batch_tokens`) or its comment.  Fields that decide which numbers a run
+produces are its *identity* (`configio.identity`); everything under `execution`, `mesh`, `checkpoint`,
+`evaluation` and `tracking` only decides where, how fast and how often, and may change on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, never as a traceback."""
+
+    exit_status = 78  # configuration or data: a launcher must not retry
+
+
+class UsageError(UserError):
+    """The command text itself is wrong: unknown verb, option or `--set` key."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """A configuration that contradicts itself or what is on disk."""
+
+
+class DataError(UserError):
+    """A corpus, tokenizer or token store that is missing, damaged or does not fit."""
+
+
+class CheckpointError(UserError):
+    """No usable checkpoint where one is needed."""
+
+
+class Preempted(UserError):
+    """The run was asked to stop, saved, and should be started again."""
+
+    exit_status = 75
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding, half-split pairing (dimension i with i + rotated/2)."""
+
+    # default | none (NoPE) | partial (a share of the head) | linear (position interpolation)
+    # | ntk (theta raised once, static) | yarn (arXiv 2309.00071) | llama3 (Llama 3.1's wavelength bands)
+    kind: Literal["default", "none", "partial", "linear", "ntk", "yarn", "llama3"] = "default"
+    theta: float = 10_000.0
+    fraction: float = 1.0  # partial: share of head_dim that is rotated
+    factor: float = 1.0  # linear, ntk, yarn, llama3: context extension, new / original
+    original_context_tokens: int = 2048  # yarn, llama3: the context that the frequencies were trained at
+    beta_fast: float = 32.0  # yarn: rotations over the original context above which a dimension is kept
+    beta_slow: float = 1.0  # yarn: rotations below which a dimension is interpolated
+    attention_factor: float = 0.0  # yarn: scale of cos and sin; 0 = 0.1 ln(factor) + 1
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+
+    def __post_init__(self):
+        _require(self.theta > 0, f"rope.theta is {self.theta}; it must be positive")
+        _require(self.factor >= 1, f"rope.factor is {self.factor}; it must be at least 1")
+        _require(0 < self.fraction <= 1, f"rope.fraction is {self.fraction}; it must lie in (0, 1]")
+        _require(
+            self.kind != "llama3" or self.high_freq_factor > self.low_freq_factor,
+            "rope.high_freq_factor must exceed rope.low_freq_factor",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A member of the Llama family: pre-norm, RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
+
+    vocab_size: int
+    d_model: int
+    layers: int
+    heads: int  # query heads
+    kv_heads: int  # key/value heads: `heads` = MHA, 1 = MQA, a divisor between = GQA
+    head_dim: int  # free of d_model / heads
+    d_ff: int
+    context_tokens: int = 2048
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = False
+    rope: Rope = field(default_factory=Rope)
+    # tinyllama: the documented recipe.  tinyllama_start: the code when the v1.0 run began.
+    # torch_default: what that run most likely got (INFERRED).  Formulas: model/init.py.
+    init: Literal["tinyllama", "tinyllama_start", "torch_default"] = "tinyllama"
+    dropout: float = 0.0  # on embeddings and both residual branches; 0 in TinyLlama
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # weights and optimizer state stay float32
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff", "context_tokens"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}",
+        )
+        _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
+        if self.rope.kind != "none":
+            rotated = self.rotated_dims
+            _require(
+                rotated >= 2 and rotated % 2 == 0,
+                f"RoPE would rotate {rotated} of model.head_dim={self.head_dim}; the number must be even and >= 2",
+            )
+
+    @property
+    def rotated_dims(self) -> int:
+        share = self.rope.fraction if self.rope.kind == "partial" else 1.0
+        return 0 if self.rope.kind == "none" else int(round(self.head_dim * share))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to make a token store that is not there yet."""
+
+    sources: tuple[str, ...] = ("python",)  # as on the command line of `prepare`
+    tokenizer: str = ""  # tokenizer.model or tokenizer.json; empty = train a SentencePiece BPE on the sources
+    vocab_size: int = 2048  # of the trained tokenizer
+    # token that marks where a document begins or ends.  TinyLlama v1.0 was trained with `bos` only
+    # (its author says so); its code since 2023-10 writes `eos` only.
+    document_marks: Literal["eos", "bos", "both", "none"] = "eos"
+    validation_share: float = 0.05  # share of documents held out, chosen by a hash of their text
+
+    def __post_init__(self):
+        _require(bool(self.sources), "data.recipe.sources is empty")
+        _require(
+            0 < self.validation_share < 1,
+            f"data.recipe.validation_share is {self.validation_share}; it must lie in (0, 1)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    store: str  # directory of the token store; relative to the current directory
+    sequence_tokens: int = 2048  # predicted tokens per window; a window holds one token more
+    epochs: Literal["reshuffle", "replay"] = "reshuffle"  # what a second pass over a source looks like
+    document_masking: bool = False  # packed documents hidden from each other; TinyLlama trained with it off
+    recipe: Recipe | None = None  # makes `store` when it is missing
+
+    def __post_init__(self):
+        _require(bool(self.store), "data.store is empty; it names the token store's directory")
+        _require(self.sequence_tokens > 0, f"data.sequence_tokens is {self.sequence_tokens}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the curriculum.  Borders round up to whole batches."""
+
+    name: str
+    tokens: int  # planned length
+    batch_tokens: int
+    mixture: dict[str, float]  # source -> weight, in tokens; normalised
+    ramp_tokens: int = 0  # weights move linearly from `ramp_from` to `mixture` over the stage's first tokens
+    ramp_from: dict[str, float] = field(default_factory=dict)  # empty = the previous stage's mixture
+
+    def __post_init__(self):
+        where = f"stage {self.name!r}"
+        _require(self.tokens > 0, f"{where}: tokens is {self.tokens}; it must be positive")
+        _require(self.batch_tokens > 0, f"{where}: batch_tokens is {self.batch_tokens}; it must be positive")
+        _require(0 <= self.ramp_tokens <= self.tokens, f"{where}: ramp_tokens must lie between 0 and tokens")
+        for label, mixture in (("mixture", self.mixture), ("ramp_from", self.ramp_from)):
+            _require(all(w >= 0 for w in mixture.values()), f"{where}: {label} has a negative weight")
+        _require(sum(self.mixture.values()) > 0, f"{where}: mixture has no positive weight")
+        _require(not self.ramp_from or sum(self.ramp_from.values()) > 0, f"{where}: ramp_from has no positive weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """Learning rate as a function of the tokens seen after the batch."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant", "piecewise"] = "cosine"
+    peak: float = 4e-4
+    end: float = 4e-5  # reached at the horizon (cosine, wsd, linear)
+    warmup_tokens: int = 0  # linear from 0; every kind but piecewise
+    horizon_tokens: int = 0  # 0 = the end of the last stage
+    flat_until_tokens: int = 0  # peak is held up to here, then the curve is joined where it is by then
+    decay_tokens: int = 0  # wsd: length of the final decay
+    decay_shape: Literal["linear", "one_minus_sqrt"] = "one_minus_sqrt"  # wsd
+    points: tuple[tuple[int, float], ...] = ()  # piecewise: (tokens, rate), linear between, constant outside
+
+    def __post_init__(self):
+        _require(self.peak > 0, f"lr.peak is {self.peak}; it must be positive")
+        _require(0 <= self.end <= self.peak, f"lr.end={self.end} must lie between 0 and lr.peak={self.peak}")
+        for name in ("warmup_tokens", "horizon_tokens", "flat_until_tokens", "decay_tokens"):
+            _require(getattr(self, name) >= 0, f"lr.{name} is negative")
+        _require(self.kind != "wsd" or self.decay_tokens > 0, "lr.kind=wsd needs lr.decay_tokens")
+        tokens = [t for t, _ in self.points]
+        _require(self.kind != "piecewise" or bool(tokens), "lr.kind=piecewise needs lr.points")
+        _require(tokens == sorted(set(tokens)), "lr.points must have increasing tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW in float32 with decoupled weight decay."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay: Literal["all", "matrices"] = "all"  # TinyLlama decayed every weight, norms and embeddings too
+    clip_norm: float = 1.0  # global L2 norm; 0 = off
+    # A step whose loss or gradient norm exceeds mean + sigma * std of the last window is skipped; 0 = off.
+    # Non-finite steps are always skipped.
+    skip_sigma: float = 0.0
+    skip_window_steps: int = 128
+    max_skips: int = 20  # consecutive skipped steps after which the run stops
+
+    def __post_init__(self):
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
+        for name in ("eps", "skip_window_steps", "max_skips"):
+            _require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
+        for name in ("weight_decay", "clip_norm", "skip_sigma"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name} is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fork:
+    """Start from another run's checkpoint: its weights, optimizer state, step and place in the data."""
+
+    run: str  # the parent's run directory; relative to the current directory
+    tokens: int  # the parent's checkpoint at exactly this many tokens
+
+    def __post_init__(self):
+        _require(self.tokens > 0, f"fork.tokens is {self.tokens}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the same numbers are computed; never part of a run's identity."""
+
+    attention: Literal["auto", "reference", "xla"] = "auto"
+    remat: Literal["none", "full", "save_dots", "save_dots_and_attention"] = "none"
+    scan_layers: bool = True  # False unrolls the layers: slower to compile, easier to debug, same numbers
+    micro_batch_sequences: int = 0  # sequences per accumulation step over all devices; 0 = the whole batch
+    loss_chunk_tokens: int = 2048  # tokens whose logits exist at the same time, per device
+
+    def __post_init__(self):
+        _require(self.micro_batch_sequences >= 0, "execution.micro_batch_sequences is negative")
+        _require(self.loss_chunk_tokens > 0, "execution.loss_chunk_tokens must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices along each axis; one of them may be -1, which takes what is left."""
+
+    replica: int = 1  # whole copies of the weights (HSDP over nodes or slices)
+    data: int = -1  # weights and optimizer state sharded (FSDP)
+
+    def __post_init__(self):
+        sizes = (self.replica, self.data)
+        _require(all(s == -1 or s > 0 for s in sizes), f"mesh sizes {sizes} must be positive, or -1 for the rest")
+        _require(sizes.count(-1) <= 1, "only one mesh axis may be -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Temporary checkpoints guard against crashes (the newest few are kept); permanent ones are results."""
+
+    temporary_seconds: float = 300.0  # wall-clock seconds between temporary saves; 0 = off
+    temporary_steps: int = 0  # steps between temporary saves; 0 = off
+    keep_temporary: int = 2
+    permanent_tokens: int = 0  # a permanent save each time another multiple is passed; 0 = off
+    permanent_at_tokens: tuple[int, ...] = ()  # and when one of these is reached
+    # The end of each stage and of the run is always saved, permanently, and read back.
+
+    def __post_init__(self):
+        for name in ("temporary_seconds", "temporary_steps", "permanent_tokens"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name} is negative")
+        _require(self.keep_temporary >= 1, "checkpoint.keep_temporary must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    every_tokens: int = 0  # validation each time another multiple is passed, and at the end; 0 = stage ends only
+    sequences: int = 64  # validation windows per domain; 0 = all
+    batch_sequences: int = 8
+    prompts: tuple[str, ...] = ()  # continued greedily at each stage's end, for the report
+    sample_tokens: int = 64
+
+    def __post_init__(self):
+        for name in ("every_tokens", "sequences"):
+            _require(getattr(self, name) >= 0, f"evaluation.{name} is negative")
+        for name in ("batch_sequences", "sample_tokens"):
+            _require(getattr(self, name) > 0, f"evaluation.{name} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """metrics.jsonl is always written; these adapters fail soft."""
+
+    tensorboard: bool = False
+    peak_flops_per_device: float = 0.0  # for MFU; 0 = from the device's name, unknown devices report none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    name: str
+    model: Model
+    data: Data
+    curriculum: tuple[Stage, ...]
+    lr: LearningRate = field(default_factory=LearningRate)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    seed: int = 3407  # TinyLlama's
+    fork: Fork | None = None
+    execution: Execution = field(default_factory=Execution)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    def __post_init__(self):
+        _require(bool(self.curriculum), "curriculum has no stage")
+        names = [s.name for s in self.curriculum]
+        _require(len(set(names)) == len(names), f"curriculum stages share a name: {names}")
+        length = self.data.sequence_tokens
+        _require(
+            length <= self.model.context_tokens,
+            f"data.sequence_tokens={length} exceeds model.context_tokens={self.model.context_tokens}",
+        )
+        for stage in self.curriculum:
+            _require(
+                stage.batch_tokens % length == 0,
+                f"stage {stage.name!r}: batch_tokens={stage.batch_tokens} is not a multiple of "
+                f"data.sequence_tokens={length}",
+            )
+            micro = self.execution.micro_batch_sequences
+            sequences = stage.batch_tokens // length
+            _require(
+                micro == 0 or sequences <= micro or sequences % micro == 0,
+                f"stage {stage.name!r}: {sequences} sequences per batch cannot be cut into micro-batches of "
+                f"execution.micro_batch_sequences={micro}",
+            )
+
+
+replace = dataclasses.replace
