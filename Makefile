@@ -1,0 +1,71 @@
+# Every target makes or refreshes its own virtual environment and touches nothing outside it.
+#   make demo       train a small model from nothing and write a report: runs/demo/report.html
+#   make test       all tests that need neither PyTorch nor device compilers
+#   make test-full  the rest: parity with PyTorch, device compiles, Slurm
+#   make lint | bench | clean
+
+VENV ?= .venv
+# test processes; each simulates eight devices
+WORKERS ?= 2
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check
+
+# The first of these that is Python 3.11 or newer; `make PYTHON=/path/to/python3` chooses another.
+PYTHON ?= python3 python3.13 python3.12 python3.11
+FIND_PYTHON = for p in $(PYTHON); do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint bench clean always
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# Made again when it is not there, half made, or its Python has gone.
+ifneq ($(shell $(RUN) -c 'print(1)' 2>/dev/null),1)
+$(VENV)/.made: always
+endif
+$(VENV)/.made:
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then echo "make: needs Python 3.11 or newer; none of '$(PYTHON)' is (make PYTHON=/path/to/python3)" >&2; exit 1; fi; \
+	echo "making $(VENV) with $$("$$python" --version)" >&2; \
+	"$$python" -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.run: requirements.txt pyproject.toml $(VENV)/.made
+	@echo "installing requirements.txt into $(VENV)" >&2
+	@$(PIP) -r requirements.txt
+	@$(PIP) --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	@echo "installing requirements-dev.txt into $(VENV)" >&2
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.full: $(VENV)/.dev
+	@echo "installing the extras parity and preflight into $(VENV)" >&2
+	@$(PIP) -e '.[parity,preflight]'
+	@touch $@
+
+demo: $(VENV)/.run
+	@$(RUN) -m tinyllama_jax demo --workdir runs/demo
+
+test: $(VENV)/.dev
+	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 300 $(TESTS)
+
+# JAX_PLATFORMS: the compilers for devices must not make JAX look for the devices.
+test-full: $(VENV)/.full
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest -q -m "parity or aot or slurm" --timeout 900 $(TESTS)
+
+lint: $(VENV)/.dev
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+bench: $(VENV)/.run
+	@$(RUN) benchmarks/train_step.py
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
