@@ -27,6 +27,8 @@ from tinyllama_jax.config import ConfigError
 AXES = ("replica", "data")
 BATCH = ("replica", "data")  # specs are compared literally, axes of size 1 included: use this constant everywhere
 
+BatchAxes = str | tuple[str, ...] | None
+
 # Logical axis -> mesh axis, in order of precedence.  An array's axis takes the mesh axis when no earlier row gave
 # that mesh axis to this array and its size divides; otherwise it stays whole.  `layers` and `norm` have no row:
 # the layer scan needs its leading axis whole, and norm scales are too small to be worth a gather.
@@ -122,6 +124,11 @@ def batch_sharding(mesh: DeviceMesh, ndim: int = 2) -> NamedSharding:
 def replicated(mesh: DeviceMesh, ndim: int = 0) -> NamedSharding:
     """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P(*[None] * ndim))
+
+
+def batch_axes(x: jax.Array) -> BatchAxes:
+    """Mesh axes over which the rows of `x` [B, ...] lie; None when every device holds them all."""
+    return jax.typeof(x).sharding.spec[0]
 
 
 def gather(x: jax.Array) -> jax.Array:

@@ -1,0 +1,103 @@
+"""The modules of a block: parameters and `__call__`, nothing else (flax.nnx used narrowly; see transformer.py).
+
+Weights are float32 and sharded; each is cast to the compute dtype and gathered right before its use, so that the
+gather moves half the bytes and at most one layer's weights are whole at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from tinyllama_jax import sharding
+from tinyllama_jax.config import Model
+from tinyllama_jax.model import init, rope
+
+GATHERED = "gathered_weight"  # name of a gathered weight for the remat policies: gathered again, never kept
+
+# (q_BTHK, k_BTGK, v_BTGK) -> [B, T, H, K]: the caller's attention, with its mask, kernel and cache bound.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def whole(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`weight` in `dtype`, whole on every device."""
+    return checkpoint_name(sharding.gather(weight.astype(dtype)), GATHERED)
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in x's dtype (arXiv 1910.07467)."""
+    x_f32 = x.astype(jnp.float32)
+    normed = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    return (normed * scale_D).astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; nothing is dropped without a key."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.sharding.reshard(jax.random.bernoulli(key, 1 - rate, x.shape), jax.typeof(x).sharding.spec)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, cfg: Model, rngs: nnx.Rngs):
+        self.eps = cfg.norm_eps
+        self.scale = nnx.Param(init.ones(rngs.params(), (cfg.d_model,)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, self.scale[...], self.eps)
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg: Model, rngs: nnx.Rngs):
+        make, D, H, G, K = init.initializers(cfg), cfg.d_model, cfg.heads, cfg.kv_heads, cfg.head_dim
+        self.query = nnx.Param(make["query"](rngs.params(), (D, H, K)))
+        self.key = nnx.Param(make["key"](rngs.params(), (D, G, K)))
+        self.value = nnx.Param(make["value"](rngs.params(), (D, G, K)))
+        self.out = nnx.Param(make["out"](rngs.params(), (H, K, D)))
+
+    def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
+        dtype = x_BTD.dtype
+        q_BTHK = rope.rotate(jnp.einsum("btd,dhk->bthk", x_BTD, whole(self.query[...], dtype)), cos, sin)
+        k_BTGK = rope.rotate(jnp.einsum("btd,dgk->btgk", x_BTD, whole(self.key[...], dtype)), cos, sin)
+        v_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, whole(self.value[...], dtype))
+        return jnp.einsum("bthk,hkd->btd", attend(q_BTHK, k_BTGK, v_BTGK), whole(self.out[...], dtype))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate x) * up x)."""
+
+    def __init__(self, cfg: Model, rngs: nnx.Rngs):
+        make, D, F = init.initializers(cfg), cfg.d_model, cfg.d_ff
+        self.gate = nnx.Param(make["gate"](rngs.params(), (D, F)))
+        self.up = nnx.Param(make["up"](rngs.params(), (D, F)))
+        self.down = nnx.Param(make["down"](rngs.params(), (F, D)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        dtype = x_BTD.dtype
+        gate_BTF = jnp.einsum("btd,df->btf", x_BTD, whole(self.gate[...], dtype))
+        up_BTF = jnp.einsum("btd,df->btf", x_BTD, whole(self.up[...], dtype))
+        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, whole(self.down[...], dtype))
+
+
+class Block(nnx.Module):
+    """Sequential pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, cfg: Model, rngs: nnx.Rngs):
+        self.dropout = cfg.dropout
+        self.attention_norm = RMSNorm(cfg, rngs)
+        self.attention = Attention(cfg, rngs)
+        self.mlp_norm = RMSNorm(cfg, rngs)
+        self.mlp = Mlp(cfg, rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        branch = self.attention(self.attention_norm(x_BTD), cos, sin, attend)
+        x_BTD = x_BTD + dropout(branch, self.dropout, keys[0])
+        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, keys[1])

@@ -1,0 +1,200 @@
+"""The language model as functions of a plain dict of parameters.
+
+flax.nnx defines the layers and is split once: `lax.scan` runs over the stacked layers and merges one layer at a
+time, so the step is ordinary `jax.jit` over a pytree and its host cost does not grow with the depth.
+
+    params = {"embed": {"embedding" [V, D]},
+              "layers": {"attention_norm": {"scale" [L, D]},
+                         "attention": {"query" [L, D, H, K], "key" and "value" [L, D, G, K], "out" [L, H, K, D]},
+                         "mlp_norm": {"scale" [L, D]},
+                         "mlp": {"gate" and "up" [L, D, F], "down" [L, F, D]}},
+              "norm": {"scale" [D]},
+              "head": {"kernel" [D, V]}}                      absent with tied embeddings
+
+Everything here runs under `jax.set_mesh` of a mesh from `sharding.make_mesh`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import checkpoint_policies as policies
+from jax.sharding import PartitionSpec as P
+
+from tinyllama_jax import attention, sharding
+from tinyllama_jax.config import Execution, Model
+from tinyllama_jax.model import rope
+from tinyllama_jax.model.init import initializers
+from tinyllama_jax.model.layers import GATHERED, Block, dropout, rms_norm, whole
+
+Params = dict[str, Any]
+Cache = dict[str, jax.Array]  # {"k", "v"}: [L, B, S, G, K]
+
+
+def init(cfg: Model, key: jax.Array) -> Params:
+    """Fresh float32 weights.  `jax.jit(partial(init, cfg), out_shardings=...)` makes them sharded from the start."""
+    make = initializers(cfg)
+    embed_key, layers_key, head_key = jax.random.split(key, 3)
+    params = {
+        "embed": {"embedding": make["embedding"](embed_key, (cfg.vocab_size, cfg.d_model))},
+        "layers": jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(cfg, nnx.Rngs(k)))))(
+            jax.random.split(layers_key, cfg.layers)
+        ),
+        "norm": {"scale": jnp.ones((cfg.d_model,), jnp.float32)},
+    }
+    if not cfg.tied_embeddings:
+        params["head"] = {"kernel": make["head"](head_key, (cfg.d_model, cfg.vocab_size))}
+    return params
+
+
+@functools.cache
+def _block(cfg: Model) -> nnx.GraphDef:
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0))))
+    return graphdef
+
+
+def _embed(params: Params, tokens_BT: jax.Array, cfg: Model) -> jax.Array:
+    # The table is read in float32 and only the rows are cast: the gradients of a frequent token's many occurrences
+    # are then summed in float32.
+    table_VD = whole(params["embed"]["embedding"], jnp.float32)
+    x_BTD = table_VD.at[tokens_BT].get(out_sharding=P(sharding.batch_axes(tokens_BT), None, None))
+    return x_BTD.astype(cfg.compute_dtype)
+
+
+def _remat(body: Callable, kind: str) -> Callable:
+    """`body` under a policy that says which of its values the backward pass keeps; the rest it computes again."""
+    dots = policies.dots_with_no_batch_dims_saveable  # products with weights, not attention scores
+    policy = {
+        "none": policies.save_anything_except_these_names(GATHERED),
+        "full": policies.nothing_saveable,
+        "save_dots": dots,
+        "save_dots_and_attention": policies.save_from_both_policies(
+            dots, policies.save_only_these_names(attention.OUTPUT, attention.LSE)
+        ),
+    }[kind]
+    # Gathered weights are not kept under any policy, or FSDP would end the forward pass with a whole model per
+    # device.  On one device there is nothing to gather.
+    if kind == "none" and jax.sharding.get_abstract_mesh().size == 1:
+        return body
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def hidden(
+    params: Params,
+    tokens_BT: jax.Array,
+    cfg: Model,
+    execution: Execution,
+    *,
+    documents_BT: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Final-normed hidden states [B, T, D] in the compute dtype.
+
+    documents_BT: segment ids; tokens see only their own document.  Positions run on through the row: RoPE depends
+    on differences only, so a document's result does not depend on where in the row it lies.
+    dropout_key: training with `cfg.dropout` > 0; without a key nothing is dropped.
+    """
+    cos, sin = rope.tables(cfg, jnp.arange(tokens_BT.shape[1]))
+    graphdef = _block(cfg)
+    attend = functools.partial(attention.attention, documents_BT=documents_BT, implementation=execution.attention)
+    if cfg.dropout == 0:
+        dropout_key = None
+
+    def body(x_BTD, layer_and_index):
+        layer, index = layer_and_index
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        return nnx.merge(graphdef, layer)(x_BTD, cos, sin, attend, key), None
+
+    body = _remat(body, execution.remat)
+    x_BTD = _embed(params, tokens_BT, cfg)
+    if dropout_key is not None:
+        x_BTD = dropout(x_BTD, cfg.dropout, jax.random.fold_in(dropout_key, cfg.layers))
+    stacked = (params["layers"], jnp.arange(cfg.layers))
+    if execution.scan_layers:
+        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
+    else:
+        for i in range(cfg.layers):
+            x_BTD, _ = body(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+    return rms_norm(x_BTD, params["norm"]["scale"], cfg.norm_eps)
+
+
+def head_kernel(params: Params, cfg: Model) -> jax.Array:
+    """The output projection, float32 [D, V]; with tied embeddings the transposed input table."""
+    return params["embed"]["embedding"].T if cfg.tied_embeddings else params["head"]["kernel"]
+
+
+def _project(params: Params, x_BTD: jax.Array, cfg: Model) -> jax.Array:
+    w_DV = whole(head_kernel(params, cfg), x_BTD.dtype)
+    return jnp.einsum("btd,dv->btv", x_BTD, w_DV, preferred_element_type=jnp.float32)
+
+
+def logits(
+    params: Params,
+    tokens_BT: jax.Array,
+    cfg: Model,
+    execution: Execution,
+    *,
+    documents_BT: jax.Array | None = None,
+) -> jax.Array:
+    """Next-token logits, float32 [B, T, V].  Training uses `loss.cross_entropy`, which never holds them all."""
+    return _project(params, hidden(params, tokens_BT, cfg, execution, documents_BT=documents_BT), cfg)
+
+
+def init_cache(cfg: Model, batch: int, slots: int, batch_axes: sharding.BatchAxes = None) -> Cache:
+    """An empty key/value cache for `batch` rows of at most `slots` positions, in the compute dtype.
+
+    batch_axes: the mesh axes over which the tokens' rows lie: `sharding.batch_axes(tokens_BT)`.
+    """
+    shape = (cfg.layers, batch, slots, cfg.kv_heads, cfg.head_dim)
+    spec = P(None, batch_axes, None, None, None)
+    return {name: jnp.zeros(shape, cfg.compute_dtype, out_sharding=spec) for name in ("k", "v")}
+
+
+def decode(
+    params: Params,
+    tokens_BT: jax.Array,
+    cfg: Model,
+    execution: Execution,
+    cache: Cache,
+    positions_BT: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Logits float32 [B, T, V] of T more tokens per row, and the cache with them in it.
+
+    A token at position p is written to slot p and sees slots 0 .. p, so each row's earlier positions must have
+    been written; rows may be of different lengths.  Prefill is T > 1 on an empty cache, generation T = 1.  Prompts
+    of different lengths are aligned left: the padding's slots are overwritten before any real token sees them.
+    A position past the last slot is not written (padding may use it); the caller sees to it that real ones fit.
+    """
+    rows = sharding.batch_axes(tokens_BT)
+    positions_BT = jax.sharding.reshard(positions_BT, P(rows, None))
+    cache = jax.sharding.reshard(cache, P(None, rows, None, None, None))
+    cos, sin = rope.tables(cfg, positions_BT)
+    graphdef = _block(cfg)
+    write = jax.vmap(lambda slots_SGK, positions_T, new_TGK: slots_SGK.at[positions_T].set(new_TGK, mode="drop"))
+
+    def body(x_BTD, layer_and_cache):
+        layer, cache_l = layer_and_cache
+        updated = {}
+
+        def attend(q_BTHK, k_BTGK, v_BTGK):
+            updated["k"] = write(cache_l["k"], positions_BT, k_BTGK.astype(cache_l["k"].dtype))
+            updated["v"] = write(cache_l["v"], positions_BT, v_BTGK.astype(cache_l["v"].dtype))
+            return attention.attention(
+                q_BTHK,
+                updated["k"].astype(q_BTHK.dtype),
+                updated["v"].astype(q_BTHK.dtype),
+                q_positions_BT=positions_BT,
+                implementation=execution.attention,
+            )
+
+        x_BTD = nnx.merge(graphdef, layer)(x_BTD, cos, sin, attend)
+        return x_BTD, updated
+
+    x_BTD, cache = jax.lax.scan(body, _embed(params, tokens_BT, cfg), (params["layers"], cache))
+    x_BTD = rms_norm(x_BTD, params["norm"]["scale"], cfg.norm_eps)
+    return _project(params, x_BTD, cfg), cache
