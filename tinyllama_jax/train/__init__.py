@@ -1,0 +1,1 @@
+"""Training: state, step, loop, and what keeps a long run alive."""

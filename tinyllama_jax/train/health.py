@@ -1,0 +1,107 @@
+"""What a long run needs besides arithmetic: a directory of its own, an ear for signals, and a reason to give up."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tinyllama_jax.config import ConfigError, UserError
+
+LOCK_NAME = ".lock"
+
+
+class Diverged(UserError):
+    """Too many steps in a row were skipped; starting again the same way would end the same way."""
+
+    exit_status = 1
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks the loop to save and stop: `requested` turns true and `name` says which.
+
+    A second SIGINT interrupts at once, for a person who will not wait.  Handlers are put back on exit.  Signals can
+    only be handled in the main thread; elsewhere this never turns true.
+    """
+
+    def __init__(self):
+        self.name = ""
+        self._interrupted = False
+        self._before = {}
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.name)
+
+    def __enter__(self) -> StopSignal:
+        with contextlib.suppress(ValueError):  # not the main thread
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        self.name = signal.Signals(number).name
+
+
+def check_skips(consecutive: float, max_skips: int, step: int) -> None:
+    """Raises Diverged when `max_skips` steps in a row, up to `step`, left the weights as they were."""
+    if consecutive >= max_skips:
+        raise Diverged(
+            f"diverged: the last {int(consecutive)} steps up to step {step} were skipped (loss or gradient not finite, "
+            "or beyond optimizer.skip_sigma); go back to an earlier checkpoint with a lower lr.peak, a longer "
+            "lr.warmup_tokens or a smaller optimizer.clip_norm, and look at metrics.jsonl for where it began"
+        )
+
+
+@contextlib.contextmanager
+def claim(workdir: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
+    """Makes the run directory and holds it for this process alone.
+
+    need_bytes: space that must be free on its disk.  ConfigError when the place cannot be written to, a file is in the
+    way, the disk is too full, or another process trains there.  The lock ends with the process, however it ends.
+    """
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / LOCK_NAME, "a+")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"run directory {workdir}: a file is in the way ({error.filename}); name another") from error
+    except OSError as error:
+        raise ConfigError(f"run directory {workdir}: {error.strerror}; name one that you can write to") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise ConfigError(
+                f"run directory {workdir}: process {owner} is training there; wait for it, or name another"
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            print(f"run directory {workdir}: not locked ({error.strerror})", file=sys.stderr)
+        free = shutil.disk_usage(workdir).free
+        if free < need_bytes:
+            raise ConfigError(
+                f"run directory {workdir}: {free / 2**30:.1f} GiB free, {need_bytes / 2**30:.1f} GiB needed; "
+                "free some space or name another"
+            )
+        try:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        except OSError as error:
+            raise ConfigError(f"run directory {workdir}: {error.strerror}; free some space or name another") from error
+        yield workdir
