@@ -1,0 +1,280 @@
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyllama_jax.config import ConfigError, Stage
+from tinyllama_jax.data.order import ROUNDS, Order, permute, round_keys
+from tinyllama_jax.schedules import Plan, mixture_at
+
+SEQUENCE = 4
+
+
+def stage(name, steps, batch, mixture, ramp_steps=0, **more):
+    batch_tokens = batch * SEQUENCE
+    return Stage(
+        name=name,
+        tokens=steps * batch_tokens,
+        batch_tokens=batch_tokens,
+        mixture=mixture,
+        ramp_tokens=ramp_steps * batch_tokens,
+        **more,
+    )
+
+
+CURRICULUM = (
+    stage("one", 7, 8, {"slim": 75.0}),
+    stage("two", 20, 8, {"slim": 75.0, "star": 15.0, "proof": 10.0}, ramp_steps=9),
+    stage("three", 6, 32, {"star": 1.0, "proof": 2.0, "wiki": 0.7}),
+)
+WINDOWS = {"slim": 61, "star": 17, "proof": 1000, "wiki": 5}
+
+
+def order(curriculum=CURRICULUM, windows=WINDOWS, seed=1, epochs="reshuffle"):
+    return Order(Plan(curriculum, SEQUENCE), windows, seed, epochs)
+
+
+def named_rows(o, step, *part):
+    source, window = o.rows(step, *part)
+    return [(o.sources[s], w) for s, w in zip(source.tolist(), window.tolist(), strict=True)]
+
+
+def column(seed, name="s", epoch=0):
+    return round_keys(seed, name, epoch)[:, None]
+
+
+# --- the permutation
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 10, 63, 64, 65, 1000, 4095, 4097, 100_003])
+def test_permutation_is_a_bijection(size):
+    for seed in range(3):
+        assert np.array_equal(np.sort(permute(np.arange(size), size, column(seed))), np.arange(size))
+
+
+def test_small_permutations_are_all_reached():
+    seen = {tuple(permute(np.arange(3), 3, column(seed)).tolist()) for seed in range(200)}
+    assert len(seen) == 6
+
+
+def test_permutation_of_mixed_sizes_equals_one_at_a_time():
+    sizes = np.array([5, 1000, 3, 464_000_000, 1])
+    index = np.array([4, 17, 0, 463_999_999, 0])
+    keys = np.concatenate([column(s) for s in range(5)], axis=1)
+    alone = [permute(index[i : i + 1], sizes[i], column(i))[0] for i in range(5)]
+    assert permute(index, sizes, keys).tolist() == alone
+
+
+def test_permutation_stays_inside_huge_sizes():
+    size = 2**61 + 12345
+    out = permute(np.arange(size - 1000, size), size, column(0))
+    assert out.min() >= 0 and out.max() < size and len(np.unique(out)) == 1000 and out.std() > size / 5
+
+
+@pytest.mark.parametrize("size", [2**20, 10_000_019, 464_000_000])
+def test_shuffle_quality(size):
+    """60k draws: neighbours do not correlate, and 64 bins fill as a random draw would."""
+    draws = 60_000
+    x = permute(np.arange(draws), size, column(3407)).astype(np.float64) / size
+    centred = x - x.mean()
+    correlation = [np.dot(centred[:-lag], centred[lag:]) / np.dot(centred, centred) for lag in range(1, 65)]
+    assert np.abs(correlation).max() < 0.02
+    counts = np.bincount((x * 64).astype(int), minlength=64)
+    # Drawn without repeats, so the variance shrinks by the share that is still left.
+    chi_square = ((counts - draws / 64) ** 2).sum() / (draws / 64) / (1 - draws / size)
+    assert 32.46 < chi_square < 106.58  # the central 99.9 % of the chi-square distribution with 63 degrees of freedom
+    batches = np.bincount((x[: 1024 * 58].reshape(58, 1024) * 64).astype(int).ravel() + 64 * np.arange(58).repeat(1024))
+    per_batch = ((batches.reshape(58, 64) - 16) ** 2 / 16).sum(1)
+    assert 58 < per_batch.mean() < 68  # 63 +- 3.2 standard errors
+
+
+def test_shuffle_quality_check_would_catch_few_rounds():
+    x = permute(np.arange(60_000), 2**20, column(3407)[:2]).astype(np.float64)
+    centred = x - x.mean()
+    correlation = [np.dot(centred[:-lag], centred[lag:]) / np.dot(centred, centred) for lag in range(1, 65)]
+    assert np.abs(correlation).max() > 0.02
+
+
+def test_keys_depend_on_seed_source_and_epoch():
+    keys = [round_keys(*what).tobytes() for what in [(1, "a", 0), (2, "a", 0), (1, "b", 0), (1, "a", 1), (11, "a", 0)]]
+    assert len(set(keys)) == 5 and len(round_keys(1, "a", 0)) == ROUNDS >= 16
+
+
+# --- the mixture
+
+
+def replay_counts(o):
+    """Walks the whole run row by row: (names, ideal running share, real running count) after each row."""
+    count = np.zeros(len(o.sources), np.int64)
+    for step in range(o.plan.total_steps):
+        assert o.counts(step) == dict(zip(o.sources, count.tolist(), strict=True))
+        source, window = o.rows(step)
+        yield step, source, window
+        count += np.bincount(source, minlength=len(o.sources))
+    assert o.counts(o.plan.total_steps) == dict(zip(o.sources, count.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("epochs", ["reshuffle", "replay"])
+def test_every_source_is_consumed_without_gap_or_repeat(epochs):
+    o = order(epochs=epochs)
+    seen = {name: [] for name in o.sources}
+    for _, source, window in replay_counts(o):
+        for s, w in zip(source.tolist(), window.tolist(), strict=True):
+            seen[o.sources[s]].append(w)
+    for name, windows in seen.items():
+        size = WINDOWS[name]
+        passes = [windows[i : i + size] for i in range(0, len(windows), size)]
+        for full in passes[:-1]:
+            assert sorted(full) == list(range(size))
+        assert len(set(passes[-1])) == len(passes[-1])
+        for first, second in zip(passes, passes[1:], strict=False):
+            same = first[: len(second)] == second
+            assert same if epochs == "replay" else (not same or size < 6)
+    assert len(seen["slim"]) > 61 and len(seen["wiki"]) > 10  # so that epochs were really crossed
+
+
+def test_first_epoch_is_the_same_for_reshuffle_and_replay():
+    one, other = order(epochs="reshuffle"), order(epochs="replay")
+    assert named_rows(one, 0) == named_rows(other, 0)
+    assert any(named_rows(one, t) != named_rows(other, t) for t in range(one.plan.total_steps))
+
+
+def test_random_access_equals_sequential():
+    o, fresh = order(), order()
+    everything = [named_rows(o, step) for step in range(o.plan.total_steps)]
+    for step in np.random.default_rng(0).permutation(o.plan.total_steps):
+        assert named_rows(fresh, step) == everything[step]
+        size = len(everything[step])
+        for start, stop in [(0, size // 2), (size // 2, size), (3, 3), (5, 6)]:
+            assert named_rows(fresh, step, start, stop) == everything[step][start:stop]
+
+
+def deviation(o):
+    """Largest distance of any source's running count from its ideal share, after any row of the run."""
+    ideal, count, worst = np.zeros(len(o.sources)), np.zeros(len(o.sources)), 0.0
+    for step, source, _ in replay_counts(o):
+        planned = o.plan.at_step(step)
+        share = mixture_at(o.plan, o.plan.tokens_at(step) + planned.batch_tokens / 2)
+        share = np.array([share.get(name, 0.0) for name in o.sources])
+        rows = np.arange(1, len(source) + 1)[:, None]
+        real = count + np.cumsum(source[:, None] == np.arange(len(o.sources)), axis=0)
+        worst = max(worst, np.abs(real - ideal - rows * share).max())
+        ideal, count = ideal + len(source) * share, real[-1]
+    return worst
+
+
+def random_curriculum(rng, sources):
+    stages, names = [], [f"s{i}" for i in range(sources)]
+    for number in range(rng.integers(1, 6)):
+        weights = rng.dirichlet([0.4] * sources) * rng.choice([0, 1], sources, p=[0.2, 0.8])
+        weights[rng.integers(sources)] += 0.05
+        steps = int(rng.integers(1, 60))
+        mixture = dict(zip(names, weights.tolist(), strict=True))
+        ramp_from = dict(zip(names, rng.dirichlet([0.4] * sources).tolist(), strict=True))
+        stages.append(stage(f"{number}", steps, int(rng.integers(1, 40)), mixture, steps, ramp_from=ramp_from))
+    return tuple(stages)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 5))
+def test_shares_stay_within_bounds_at_every_row(seed, sources):
+    o = order(random_curriculum(np.random.default_rng(seed), sources), {f"s{i}": 1000 for i in range(sources)})
+    assert deviation(o) <= (1.0 if sources == 2 else 2.0) + 1e-6
+
+
+def test_share_is_exact_over_a_million_draws():
+    weights = {"slim": 0.693584, "star": 0.306416}
+    o = order((stage("x", 1000, 1024, weights),), {"slim": 10**6, "star": 10**6})
+    rows = 1000 * 1024
+    assert abs(o.counts(1000)["slim"] - rows * 0.693584) <= 0.51
+    assert sum(o.counts(1000).values()) == rows
+
+
+def test_counts_and_epochs():
+    o = order()
+    assert o.counts(0) == {"proof": 0, "slim": 0, "star": 0, "wiki": 0}
+    assert o.counts(7) == {"proof": 0, "slim": 56, "star": 0, "wiki": 0}
+    assert o.epoch(7)["slim"] == pytest.approx(56 / 61)
+
+
+def test_editing_the_future_does_not_move_the_past():
+    past = order(CURRICULUM[:2])
+    futures = [
+        CURRICULUM,
+        (*CURRICULUM[:2], stage("three", 3, 16, {"aaa": 50.0, "slim": 50.0}, ramp_steps=2)),
+        (CURRICULUM[0], stage("two", 99, 8, CURRICULUM[1].mixture, ramp_steps=9), *CURRICULUM[2:]),
+    ]
+    for future in futures:
+        edited = order(future, WINDOWS | {"aaa": 50, "unused": 9})
+        for step in range(past.plan.total_steps):
+            assert named_rows(edited, step) == named_rows(past, step)
+
+
+def test_adding_or_renaming_a_source_keeps_the_order_within_the_others():
+    def consumed(o, name):
+        rows = [row for step in range(o.plan.total_steps) for row in named_rows(o, step)]
+        return [w for n, w in rows if n == name]
+
+    base = order((stage("x", 40, 8, {"b": 1.0, "c": 1.0}),), {"b": 40, "c": 30})
+    added = order((stage("x", 60, 8, {"a": 0.5, "b": 1.0, "c": 1.0}),), {"a": 7, "b": 40, "c": 30})
+    renamed = order((stage("x", 40, 8, {"b": 1.0, "a": 1.0}),), {"b": 40, "a": 30})
+    reference = consumed(base, "b")
+    for other in (consumed(added, "b"), consumed(renamed, "b")):
+        shared = min(len(reference), len(other))
+        assert shared > 100 and other[:shared] == reference[:shared]
+    assert consumed(base, "c")[:30] != consumed(renamed, "a")[:30]
+
+
+def test_seeds_give_different_orders():
+    assert named_rows(order(seed=1), 0) != named_rows(order(seed=2), 0)
+
+
+def test_missing_source_is_one_line():
+    with pytest.raises(ConfigError, match="'wiki' has no training window"):
+        order(windows={k: v for k, v in WINDOWS.items() if k != "wiki"})
+
+
+def test_outside_the_run_or_the_batch():
+    o = order()
+    for call in (lambda: o.rows(33), lambda: o.rows(-1), lambda: o.rows(0, 0, 9), lambda: o.counts(34)):
+        with pytest.raises(IndexError):
+            call()
+
+
+def test_scale_of_tinyllama():
+    """3T tokens, 1.6M steps, a ramp of 3.3k batches: a small table, built at once, and cheap rows anywhere."""
+    batch, weights = 1_835_008, {"slim": 75.0, "star": 15.0, "proof": 10.0}
+    curriculum = (
+        Stage(name="one", tokens=15 * 10**11, batch_tokens=batch, mixture={"slim": 75.0}),
+        Stage(name="two", tokens=135 * 10**10, batch_tokens=batch, mixture=weights, ramp_tokens=6 * 10**9),
+        Stage(name="three", tokens=15 * 10**10, batch_tokens=4 * batch, mixture=weights),
+    )
+    started = time.perf_counter()
+    o = Order(Plan(curriculum, 2048), {"slim": 464_000_000, "star": 140_000_000, "proof": 25_000_000}, 1, "reshuffle")
+    assert time.perf_counter() - started < 5  # 0.04 s on an idle core
+    last = o.plan.total_steps
+    assert sum(o.counts(last).values()) == o.plan.total_windows > 1_464_000_000
+    second = o.plan.stages[1].start_step
+    one, two = o.counts(second + 3270), o.counts(last)
+    rows = sum(two.values()) - sum(one.values())
+    for name, weight in weights.items():  # after the ramp the share is exact over a billion windows
+        assert abs(two[name] - one[name] - rows * weight / 100) < 2
+    o.rows(last - 2)
+    times = []
+    for step in (1_000_000, np.int64(last - 1), 5):
+        started = time.perf_counter()
+        source, window = o.rows(step, 0, 896)
+        times.append(time.perf_counter() - started)
+        assert window.min() >= 0 and (window < np.array([25e6, 464e6, 140e6])[source]).all()
+    assert min(times) < 0.01  # 0.3 ms on an idle core
+
+
+def test_a_ramp_over_millions_of_steps_keeps_a_small_table():
+    started = time.perf_counter()
+    o = order((stage("x", 3_000_000, 2, {"a": 1.0, "b": 1.0}, 3_000_000, ramp_from={"a": 1.0}),), {"a": 9, "b": 9})
+    assert time.perf_counter() - started < 5
+    counts = o.counts(3_000_000)
+    # weight of b is u at point u of the ramp, its share u / (1 + u): the integral from 0 to 1 is 1 - ln 2
+    assert counts["b"] / 6_000_000 == pytest.approx(1 - np.log(2), abs=1e-6)
