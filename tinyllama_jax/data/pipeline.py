@@ -1,0 +1,152 @@
+"""Batches of the run: the order decides which windows, the store gives their tokens, grain reads ahead.
+
+There is no loader state: batch t is computed from t.  One background thread is enough (a core reads tens of
+millions of tokens a second), and a thread pool in grain would only slow memory-mapped reads down.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import grain
+import numpy as np
+
+from tinyllama_jax.config import ConfigError, Data
+from tinyllama_jax.data.order import Order
+from tinyllama_jax.schedules import Plan
+
+if TYPE_CHECKING:
+    from tinyllama_jax.data.store import Split, TokenStore
+
+Batch = dict[str, np.ndarray]
+READ_AHEAD_BATCHES = 2
+
+
+class Pipeline:
+    """The batches of a run for one of `process_count` hosts.
+
+    Every host takes a contiguous block of the rows of each batch: together the hosts see the same rows in the same
+    order, however many they are.
+    vocab_size: the model's; a store with more ids than that is refused.
+    Raises ConfigError when a mixture names a source that the store lacks, a source fills no window, the store's
+    vocabulary exceeds the model's, or a batch cannot be divided among the hosts.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        data: Data,
+        plan: Plan,
+        seed: int,
+        *,
+        vocab_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if not 0 <= process_index < process_count:
+            raise ConfigError(f"process {process_index} of {process_count} does not exist; check the launcher")
+        self.plan, self.window_tokens, self.masking = plan, data.sequence_tokens + 1, data.document_masking
+        _check(store, plan, vocab_size, process_count)
+        self.process_index, self.process_count = process_index, process_count
+        names = {name for planned in plan.stages for name in (*planned.stage.mixture, *planned.ramp_from)}
+        splits = {name: store.split("train", name) for name in names}
+        windows = {name: _windows(name, splits[name], self.window_tokens) for name in names}
+        self.order = Order(plan, windows, seed, data.epochs)
+        self._splits = [splits[name] for name in self.order.sources]
+
+    def batch(self, step: int) -> Batch:
+        """This host's rows of batch `step` (0-based): a pure function of (config, seed, step).
+
+        tokens, targets int32 [B, T]: the window without its last and without its first token.
+        documents int32 [B, T]: which document of the window each input token belongs to.
+        valid bool [B, T]: true, except that with document masking a target in another document than its input
+        token is not predicted.
+        Raises DataError when the store's bytes are damaged, IndexError outside the run.
+        """
+        rows = self.plan.at_step(step).batch_sequences // self.process_count
+        start = self.process_index * rows
+        source, window = self.order.rows(step, start, start + rows)
+        tokens = np.empty((rows, self.window_tokens), np.int32)
+        documents = np.empty_like(tokens)
+        for index in np.unique(source):
+            mine = source == index
+            tokens[mine], documents[mine] = self._splits[index].read(window[mine], self.window_tokens)
+        inputs, targets = documents[:, :-1], documents[:, 1:]
+        valid = inputs == targets if self.masking else np.ones(inputs.shape, bool)
+        # Contiguous copies: devices are fed from these arrays, and slices of one buffer would be copied there.
+        return {
+            "tokens": np.ascontiguousarray(tokens[:, :-1]),
+            "targets": np.ascontiguousarray(tokens[:, 1:]),
+            "documents": np.ascontiguousarray(inputs),
+            "valid": valid,
+        }
+
+    def iterate(self, start_step: int, stop_step: int) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) for start_step <= step < stop_step, read ahead by one thread.
+
+        What fails in the thread is raised here as itself.  Close it (`.close()`) when leaving early, which ends the
+        thread; it closes itself at its end.
+        """
+        if not 0 <= start_step <= stop_step <= self.plan.total_steps:
+            raise IndexError(f"steps {start_step}:{stop_step} lie outside the run's {self.plan.total_steps}")
+        return self._read_ahead(start_step, stop_step)
+
+    def _read_ahead(self, start_step: int, stop_step: int) -> Iterator[tuple[int, Batch]]:
+        if start_step == stop_step:  # grain refuses an empty source
+            return
+        steps = grain.MapDataset.source(_Steps(self, start_step, stop_step))
+        unthreaded = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        ahead = grain.experimental.ThreadPrefetchIterDataset(unthreaded, prefetch_buffer_size=READ_AHEAD_BATCHES)
+        iterator = iter(ahead)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+class _Steps:
+    """Random-access source for grain: item i is (step, batch) of step start + i."""
+
+    def __init__(self, pipeline: Pipeline, start: int, stop: int):
+        self._pipeline, self._start, self._stop = pipeline, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, index: int) -> tuple[int, Batch]:
+        step = self._start + int(index)
+        return step, self._pipeline.batch(step)
+
+    def __repr__(self) -> str:
+        return f"batches {self._start}:{self._stop}"
+
+
+def _check(store: TokenStore, plan: Plan, vocab_size: int, process_count: int) -> None:
+    if store.vocab_size > vocab_size:
+        raise ConfigError(
+            f"the store {store.path} has a vocabulary of {store.vocab_size}, model.vocab_size is {vocab_size}; "
+            f"set model.vocab_size to at least {store.vocab_size}"
+        )
+    for planned in plan.stages:
+        for name in (*planned.stage.mixture, *planned.ramp_from):
+            if name not in store.domains:
+                near = difflib.get_close_matches(name, store.domains, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, store.domains))}"
+                raise ConfigError(f"stage {planned.name!r}: the store {store.path} has no source {name!r}; {hint}")
+        if planned.batch_sequences % process_count:
+            raise ConfigError(
+                f"stage {planned.name!r}: {planned.batch_sequences} sequences per batch cannot be divided among "
+                f"{process_count} processes; change batch_tokens or the number of processes"
+            )
+
+
+def _windows(name: str, split: Split, window_tokens: int) -> int:
+    windows = split.windows(window_tokens)
+    if windows < 1:
+        raise ConfigError(
+            f"source {name!r} has {split.tokens} training tokens, fewer than one window of {window_tokens} "
+            f"(data.sequence_tokens + 1); shorten data.sequence_tokens or add data"
+        )
+    return windows
