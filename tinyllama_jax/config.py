@@ -142,6 +142,8 @@ class Data:
     sequence_tokens: int = 2048  # predicted tokens per window; a window holds one token more
     epochs: Literal["reshuffle", "replay"] = "reshuffle"  # what a second pass over a source looks like
     document_masking: bool = False  # packed documents hidden from each other; TinyLlama trained with it off
+    # which marks the store's documents must carry; `any` = whatever it has
+    document_marks: Literal["any", "eos", "bos", "both", "none"] = "any"
     recipe: Recipe | None = None  # makes `store` when it is missing
 
     def __post_init__(self):

@@ -1,0 +1,246 @@
+"""The command line: verbs, their options, and what a failure looks like from outside.
+
+Exit status: 0 done; 1 crash; 2 the command text is wrong; 75 stopped after saving, start again; 78 configuration,
+data, or it does not fit; 128 + n killed by signal n.  Numbers go to stdout (one JSON object with --json), everything
+else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from tinyllama_jax import __version__, verbs
+from tinyllama_jax.config import UserError
+from tinyllama_jax.configio import nearest
+
+# Errors of the machine that the user can mend: disk full, no permission, a file where a folder should be, ...
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line instead of a page of usage when the command text is wrong."""
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tinyllama",
+        description="Pretrain TinyLlama-class language models in JAX: on a laptop, on a pod, with the same commands.",
+        epilog="A run lives in one directory; every verb that reads takes that directory, RUN@STEP, or a checkpoint.",
+    )
+    parser.add_argument("--version", action="version", version=f"tinyllama_jax {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, function, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    def settings(sub) -> None:
+        sub.add_argument(
+            "--set",
+            dest="settings",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override a field of the configuration, such as lr.peak=1e-3 (repeatable)",
+        )
+        sub.add_argument(
+            "--experiment-path",
+            action="append",
+            default=[],
+            metavar="DIR",
+            help="also look for experiment modules here; the current directory is always searched",
+        )
+
+    def as_json(sub) -> None:
+        sub.add_argument("--json", action="store_true", help="answer with one JSON object on stdout")
+
+    def dtype(sub) -> None:
+        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute in (float32)")
+
+    sub = verb(
+        "demo",
+        verbs.demo,
+        "prepare text, train a small TinyLlama through three stages, evaluate it, let it write, report",
+        "tinyllama demo --workdir runs/demo",
+    )
+    sub.add_argument("--experiment", default="experiments.smoke:demo", metavar="MODULE:FUNCTION")
+    sub.add_argument("--workdir", default="runs/demo", metavar="DIR", help="run directory (runs/demo)")
+    settings(sub)
+    as_json(sub)
+
+    sub = verb(
+        "prepare",
+        verbs.prepare,
+        "turn text into a token store: tokens, document index, checksums, manifest",
+        "tinyllama prepare python notes=~/notes wiki.jsonl.zst --out data/mine --vocab-size 4096",
+    )
+    sub.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="python, PATH or DOMAIN=PATH (txt, md, py, jsonl, jsonl.zst)"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument(
+        "--tokenizer", default="", metavar="FILE", help="tokenizer.model or tokenizer.json; else one is trained"
+    )
+    sub.add_argument("--vocab-size", type=int, default=2048, help="of the trained tokenizer (2048)")
+    sub.add_argument("--document-marks", default="eos", choices=("eos", "bos", "both", "none"), help="(eos)")
+    sub.add_argument("--validation-share", type=float, default=0.05, help="share of documents held out (0.05)")
+    as_json(sub)
+
+    sub = verb(
+        "train",
+        verbs.train,
+        "train an experiment in a run directory, or continue it",
+        "tinyllama train experiments.smoke:tiny --workdir runs/tiny --set lr.peak=1e-3",
+    )
+    sub.add_argument("experiment", metavar="MODULE:FUNCTION")
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="the run directory; resumes what it holds")
+    sub.add_argument(
+        "--allow-config-change",
+        action="store_true",
+        help="continue although fields that decide the numbers differ from the checkpoint's",
+    )
+    settings(sub)
+
+    sub = verb(
+        "report",
+        verbs.report,
+        "write report.html and plots/*.png for a run directory",
+        "tinyllama report runs/demo --compare runs/other",
+    )
+    sub.add_argument("run", metavar="RUN")
+    sub.add_argument("--compare", action="append", default=[], metavar="RUN", help="overlay another run's loss")
+    as_json(sub)
+
+    sub = verb(
+        "eval",
+        verbs.evaluate,
+        "loss and bits per byte per domain, on held-out text or on a corpus",
+        "tinyllama eval runs/demo --corpus notes=~/notes --json",
+    )
+    sub.add_argument("checkpoint", metavar="RUN|CKPT")
+    sub.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="text as for `prepare`, or a token store (its validation text); default: the run's own store",
+    )
+    sub.add_argument("--sequences", type=int, default=0, help="windows per domain (0 = all)")
+    sub.add_argument("--sequence-tokens", type=int, default=0, help="window length (0 = the run's)")
+    sub.add_argument("--baselines", action="store_true", help="also fit n-grams on the tokens that the run saw")
+    dtype(sub)
+    as_json(sub)
+
+    sub = verb(
+        "score",
+        verbs.score,
+        "negative log-likelihood, in nats, of every predicted token of given rows",
+        "tinyllama score runs/demo --tokens rows.npy --json",
+    )
+    sub.add_argument("checkpoint", metavar="CKPT")
+    sub.add_argument("--tokens", required=True, metavar="FILE.npy", help="int32 [batch, time]")
+    dtype(sub)
+    as_json(sub)
+
+    sub = verb(
+        "generate",
+        verbs.generate,
+        "continue prompts with a KV cache",
+        'tinyllama generate runs/demo --prompt "def main(" --max-new-tokens 64 --temperature 0.8 --top-p 0.95',
+    )
+    sub.add_argument("checkpoint", metavar="CKPT")
+    given = sub.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
+    given.add_argument("--tokens", metavar="FILE.npy", help="int32 [batch, time], used as they are")
+    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(128)")
+    sub.add_argument("--temperature", type=float, default=0.7, help="0 = greedy (0.7)")
+    sub.add_argument("--top-k", type=int, default=0, help="0 = off")
+    sub.add_argument("--top-p", type=float, default=1.0, help="1 = off")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    dtype(sub)
+    as_json(sub)
+
+    sub = verb("import", verbs.import_, "make a checkpoint from another format", "tinyllama import hf DIR --out ckpt")
+    sub.add_argument("format", choices=("hf",))
+    sub.add_argument("source", metavar="DIR")
+    sub.add_argument("--out", required=True, metavar="CKPT")
+    as_json(sub)
+
+    sub = verb("export", verbs.export, "write a checkpoint in another format", "tinyllama export hf runs/demo --out hf")
+    sub.add_argument("format", choices=("hf",))
+    sub.add_argument("checkpoint", metavar="CKPT")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(float32)")
+    as_json(sub)
+
+    sub = verb(
+        "inspect",
+        verbs.inspect,
+        "shapes, parameter counts and FLOPs per token of a preset, experiment, run or checkpoint",
+        "tinyllama inspect tinyllama-1.1b --json",
+    )
+    sub.add_argument("what", metavar="PRESET|RUN|CKPT|MODULE:FUNCTION")
+    sub.add_argument("--sequence-tokens", type=int, default=0, help="for the FLOPs (0 = the model's context)")
+    settings(sub)
+    as_json(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    known = parser._subparsers._group_actions[0].choices
+    if argv and not argv[0].startswith("-") and argv[0] not in known:
+        print(f"tinyllama: no verb {argv[0]!r}{nearest(argv[0], known)}; see tinyllama --help", file=sys.stderr)
+        return 2
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # --help and --version end with 0, a wrong command text with 2
+        return int(stop.code or 0)
+    try:
+        args.function(args)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        print(f"tinyllama {args.verb}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"tinyllama {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        print(f"tinyllama {args.verb}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 78
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        traceback.print_exc(limit=-1)
+        print(
+            f"tinyllama {args.verb}: the device's memory does not hold this: a smaller "
+            "execution.micro_batch_sequences, execution.remat=full or more devices need less",
+            file=sys.stderr,
+        )
+        return 78

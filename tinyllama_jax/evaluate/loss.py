@@ -1,0 +1,103 @@
+"""Validation: loss in nats per token and bits per byte, per domain, on windows that never change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tinyllama_jax.config import ConfigError, Execution, Model
+from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.loss import cross_entropy
+from tinyllama_jax.model import transformer
+from tinyllama_jax.sharding import batch_sharding
+
+
+Windows = dict[str, tuple[np.ndarray, np.ndarray]]  # domain -> tokens and document ids, each int32 [N, window]
+
+
+def held_out(store: TokenStore, window_tokens: int, count: int, domains: Sequence[str] | None = None) -> Windows:
+    """Up to `count` windows (0 = all) per domain, evenly spread over its held-out text, the same at every call.
+
+    Domains whose held-out text fills no window are left out; raises ConfigError when that leaves none.
+    """
+    windows = {}
+    for domain in domains or store.domains:
+        split = store.split("validation", domain)
+        available = split.windows(window_tokens)
+        if available:
+            n = available if count == 0 else min(count, available)
+            windows[domain] = split.read(np.arange(n) * available // n, window_tokens)
+    if not windows:
+        raise ConfigError(
+            f"{store.path}: no domain has {window_tokens} tokens of validation text in a row; shorten "
+            "data.sequence_tokens or prepare a store with more text"
+        )
+    return windows
+
+
+class Validator:
+    """Measures parameters on given windows; compiled once, padded to whole batches."""
+
+    def __init__(
+        self,
+        windows: Windows,
+        token_bytes_V: np.ndarray,
+        model: Model,
+        execution: Execution,
+        mesh: Mesh,
+        *,
+        batch_sequences: int,
+        document_masking: bool,
+    ):
+        shards = mesh.shape["replica"] * mesh.shape["data"]
+        self.rows = -(-batch_sequences // shards) * shards  # whole rows on every device; the rest is padding
+        self.windows, self.token_bytes_V = windows, token_bytes_V
+        self.mesh, self.document_masking = mesh, document_masking
+
+        def batch_loss(params: Any, batch: dict[str, jax.Array]):
+            x_BTD = transformer.hidden(params, batch["tokens"], model, execution, documents_BT=batch.get("documents"))
+            return cross_entropy(
+                x_BTD,
+                transformer.head_kernel(params, model),
+                batch["targets"],
+                batch["valid"],
+                chunk_tokens=execution.loss_chunk_tokens,
+            )
+
+        self.batch_loss = jax.jit(batch_loss)
+
+    def __call__(self, params: Any) -> dict[str, dict[str, float]]:
+        """{domain: {loss (nats per token), bits_per_byte, tokens, bytes}}."""
+        return {domain: self._measure(params, *found) for domain, found in self.windows.items()}
+
+    def _measure(self, params: Any, tokens_NW: np.ndarray, documents_NW: np.ndarray) -> dict[str, float]:
+        nll, tokens, size = 0.0, 0, 0
+        sharding = batch_sharding(self.mesh)
+        for start in range(0, len(tokens_NW), self.rows):
+            window_BW, documents_BW = tokens_NW[start : start + self.rows], documents_NW[start : start + self.rows]
+            valid_BT = np.ones((len(window_BW), window_BW.shape[1] - 1), bool)
+            if self.document_masking:
+                valid_BT = documents_BW[:, 1:] == documents_BW[:, :-1]
+            size += int(self.token_bytes_V[window_BW[:, 1:]][valid_BT].sum())
+            padding = ((0, self.rows - len(window_BW)), (0, 0))
+            window_BW, documents_BW = np.pad(window_BW, padding), np.pad(documents_BW, padding)
+            batch = {
+                "tokens": window_BW[:, :-1],
+                "targets": window_BW[:, 1:],
+                "valid": np.pad(valid_BT, padding),
+                **({"documents": documents_BW[:, :-1]} if self.document_masking else {}),
+            }
+            batch = {name: jax.device_put(np.ascontiguousarray(x), sharding) for name, x in batch.items()}
+            batch_nll, batch_tokens = self.batch_loss(params, batch)
+            nll, tokens = nll + float(batch_nll), tokens + int(batch_tokens)
+        return {
+            "loss": nll / max(tokens, 1),
+            "bits_per_byte": nll / (math.log(2) * max(size, 1)),
+            "tokens": tokens,
+            "bytes": size,
+        }

@@ -1,0 +1,1 @@
+"""Using trained models: loading, scoring and generating with a KV cache."""

@@ -1,0 +1,51 @@
+"""Negative log-likelihood of given tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tinyllama_jax.config import DataError, Execution, Model
+from tinyllama_jax.loss import token_nll
+from tinyllama_jax.model import transformer
+from tinyllama_jax.sharding import batch_sharding
+
+
+def score(
+    params: Any, model: Model, execution: Execution, mesh: Mesh, tokens_BT: np.ndarray, *, rows: int = 8
+) -> np.ndarray:
+    """Nats of each predicted token, float32 [B, T-1], of integer tokens [B, T].
+
+    Raises DataError when the array has another shape or type, ids outside the vocabulary, or rows longer than the
+    model's context.
+    """
+    if tokens_BT.ndim != 2 or not np.issubdtype(tokens_BT.dtype, np.integer):
+        raise DataError(f"tokens must be integers [batch, time], not {tokens_BT.dtype} {list(tokens_BT.shape)}")
+    batch, time = tokens_BT.shape
+    if batch == 0 or time < 2:
+        raise DataError(f"tokens of shape {[batch, time]} predict nothing; at least one row of two tokens is needed")
+    if time - 1 > model.context_tokens:
+        raise DataError(f"rows of {time} tokens predict more than the model's context of {model.context_tokens}")
+    if tokens_BT.min() < 0 or tokens_BT.max() >= model.vocab_size:
+        bad = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
+        raise DataError(f"token id {bad} is outside the model's vocabulary of {model.vocab_size}")
+
+    def batch_nll(params: Any, tokens_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        x_BTD = transformer.hidden(params, tokens_BT, model, execution)
+        return token_nll(
+            x_BTD, transformer.head_kernel(params, model), targets_BT, chunk_tokens=execution.loss_chunk_tokens
+        )
+
+    shards = mesh.shape["replica"] * mesh.shape["data"]
+    rows = -(-min(rows, batch) // shards) * shards
+    sharding, compiled = batch_sharding(mesh), jax.jit(batch_nll)
+    parts = []
+    for start in range(0, batch, rows):
+        part = tokens_BT[start : start + rows].astype(np.int32)
+        padded = np.pad(part, ((0, rows - len(part)), (0, 0)))
+        inputs, targets = (jax.device_put(np.ascontiguousarray(x), sharding) for x in (padded[:, :-1], padded[:, 1:]))
+        parts.append(np.asarray(compiled(params, inputs, targets))[: len(part)])
+    return np.concatenate(parts)

@@ -1,0 +1,186 @@
+"""What is settled before the first step: the data, the place to continue from, and the run's description."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from tinyllama_jax import __version__, configio, flops
+from tinyllama_jax.config import CheckpointError, ConfigError, DataError, Run
+from tinyllama_jax.data.prepare import prepare
+from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.schedules import Plan
+from tinyllama_jax.train import checkpoint
+from tinyllama_jax.train.checkpoint import Checkpoints
+from tinyllama_jax.train.state import State, init
+
+SAME_NUMBERS = "the numbers would no longer be those of one run"
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def open_store(run: Run, progress=None) -> TokenStore:
+    """The run's token store, made by its recipe when it is missing.
+
+    Raises DataError when it is missing without a recipe, damaged, or marked otherwise than the run asks.
+    """
+    path = Path(run.data.store)
+    if not path.exists():
+        if run.data.recipe is None:
+            raise DataError(
+                f"token store {path} does not exist; make it with `tinyllama prepare SOURCE... --out {path}`, or name "
+                "another with --set data.store=DIR"
+            )
+        say(f"token store {path} does not exist yet: preparing it from {', '.join(run.data.recipe.sources)}")
+        prepare(run.data.recipe, path, progress=progress)
+    store = TokenStore.open(path)
+    marks = store.manifest["document_marks"]
+    if run.data.document_marks not in ("any", marks):
+        raise DataError(
+            f"{path}: its documents are marked by {marks!r}, but data.document_marks={run.data.document_marks!r}; "
+            f"prepare it again with --document-marks {run.data.document_marks}"
+        )
+    return store
+
+
+def check_resume(run: Run, meta: dict, store: TokenStore, *, allow_config_change: bool) -> list[str]:
+    """What differs between this run and the checkpoint it would continue; raises ConfigError unless allowed.
+
+    Stages that have not begun at the checkpoint are free to change.
+    """
+    before = configio.identity(configio.from_dict(Run, meta["config"]), meta["tokens"])
+    changes = configio.differences(before, configio.identity(run, meta["tokens"]))
+    if meta["store"]["manifest_sha256"] != store.manifest_sha256:
+        changes.append(f"token store {store.path}: its content is not what the checkpoint was trained on")
+    if changes and not allow_config_change:
+        more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+        raise ConfigError(
+            f"this run directory was trained with another configuration: {changes[0]}{more}; {SAME_NUMBERS}. Use "
+            "another --workdir, put the value back, or insist with --allow-config-change"
+        )
+    return changes
+
+
+def fork_checkpoint(run: Run, store: TokenStore) -> tuple[Path, dict]:
+    """The parent's checkpoint that `run.fork` names, and its metadata.
+
+    Raises CheckpointError when the parent has none at those tokens, ConfigError or DataError when its model or
+    tokenizer is another one.
+    """
+    folder = Path(run.fork.run) / "checkpoints"
+    if not folder.is_dir():
+        raise CheckpointError(f"fork.run={run.fork.run}: no run with checkpoints there; set --set fork.run=DIR")
+    found = {}
+    for path in sorted(p for p in folder.iterdir() if p.name.isdigit()):
+        meta = checkpoint.read_meta(path)
+        found[meta["tokens"]] = (path, meta)
+    if run.fork.tokens not in found:
+        raise CheckpointError(
+            f"{run.fork.run} has no checkpoint at fork.tokens={run.fork.tokens}; it has "
+            f"{', '.join(map(str, found)) or 'none'}"
+        )
+    path, meta = found[run.fork.tokens]
+    parent = configio.from_dict(Run, meta["config"])
+    changes = configio.differences(configio.to_dict(parent.model), configio.to_dict(run.model))
+    if changes:
+        raise ConfigError(f"fork of {run.fork.run}: its model is another one: model.{changes[0]}")
+    if meta["store"]["tokenizer_sha256"] != store.manifest["tokenizer"]["sha256"]:
+        raise DataError(f"fork of {run.fork.run}: it was trained with another tokenizer than that of {store.path}")
+    return path, meta
+
+
+def is_finished(
+    run: Run, plan: Plan, store: TokenStore, checkpoints: Checkpoints, *, allow_config_change: bool
+) -> bool:
+    """Whether the newest checkpoint is the plan's end; raises ConfigError if it is of another configuration."""
+    existing = checkpoints.steps()
+    if not existing:
+        return False
+    meta = checkpoint.read_meta(checkpoints.path(existing[-1]))
+    check_resume(run, meta, store, allow_config_change=allow_config_change)
+    return meta["tokens"] == plan.total_tokens
+
+
+def begin(
+    run: Run, plan: Plan, store: TokenStore, checkpoints: Checkpoints, target: State, mesh, *, allow_config_change: bool
+) -> tuple[int, State, str]:
+    """(steps done, state, how): the newest good checkpoint, else the fork's parent, else fresh weights."""
+    restored = checkpoints.restore(
+        target, accept=lambda meta: check_resume(run, meta, store, allow_config_change=allow_config_change)
+    )
+    if restored is not None:
+        step, state, meta = restored
+        return plan.step_at(meta["tokens"]), state, f"resumed at step {step}"
+    if run.fork is not None:
+        path, _ = fork_checkpoint(run, store)
+        step = plan.step_at(run.fork.tokens)
+        return step, checkpoint.load(path, target), f"forked from {path} at step {step}"
+    return 0, init(run, mesh), "started from fresh weights"
+
+
+def versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+    return {"tinyllama_jax": __version__, "python": platform.python_version()} | {
+        name: metadata.version(name) for name in packages
+    }
+
+
+def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> dict:
+    """run.json: everything that a reader of the run directory needs to know."""
+    length = run.data.sequence_tokens
+    return {
+        "name": run.name,
+        "experiment": experiment,
+        "fingerprint": configio.fingerprint(run),
+        "config": configio.to_dict(run),
+        "plan": {
+            "total_steps": plan.total_steps,
+            "total_tokens": plan.total_tokens,
+            "stages": [
+                {
+                    "name": s.name,
+                    "start_step": s.start_step,
+                    "end_step": s.end_step,
+                    "start_tokens": s.start_tokens,
+                    "end_tokens": s.end_tokens,
+                    "batch_tokens": s.batch_tokens,
+                }
+                for s in plan.stages
+            ],
+        },
+        "model": {
+            "parameters": flops.parameter_counts(run.model),
+            "train_flops_per_token": {c: flops.flops_per_token(run.model, length, c) for c in ("palm", "causal")},
+        },
+        "store": store_identity(store),
+        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "mesh": dict(mesh.shape)},
+        "versions": versions(),
+    }
+
+
+def store_identity(store: TokenStore) -> dict:
+    return {
+        "path": str(store.path),
+        "manifest_sha256": store.manifest_sha256,
+        "tokenizer_sha256": store.manifest["tokenizer"]["sha256"],
+    }
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,111 @@
+"""One optimizer step as one jitted function: forward, backward, accumulation, clip, AdamW, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tinyllama_jax import optim
+from tinyllama_jax.config import ConfigError, Run
+from tinyllama_jax.data.pipeline import Batch
+from tinyllama_jax.loss import cross_entropy
+from tinyllama_jax.model import transformer
+from tinyllama_jax.schedules import Plan
+from tinyllama_jax.sharding import BATCH
+from tinyllama_jax.train.state import State, keys
+
+
+def accumulation_steps(run: Run, batch_sequences: int) -> int:
+    """Micro-batches per optimizer step."""
+    micro = run.execution.micro_batch_sequences
+    return 1 if micro == 0 or batch_sequences <= micro else batch_sequences // micro
+
+
+def check_batches(run: Run, plan: Plan, mesh: Mesh) -> None:
+    """Raises ConfigError when a stage's micro-batch cannot be spread over the devices."""
+    shards = mesh.shape["replica"] * mesh.shape["data"]
+    for stage in plan.stages:
+        rows = stage.batch_sequences // accumulation_steps(run, stage.batch_sequences)
+        if rows % shards:
+            raise ConfigError(
+                f"stage {stage.name!r}: a micro-batch of {rows} sequences cannot be spread over {shards} devices; "
+                "choose execution.micro_batch_sequences or batch_tokens so that it divides"
+            )
+
+
+def put_batch(batch: Batch, accumulation: int, mesh: Mesh, *, documents: bool) -> dict[str, jax.Array]:
+    """This host's rows [B, T] as global device arrays [A, B/A, T]; document ids only where they are used."""
+    sharding = NamedSharding(mesh, P(None, BATCH, None))
+    names = ["tokens", "targets", "valid"] + (["documents"] if documents else [])
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, np.ascontiguousarray(batch[name].reshape(accumulation, -1, batch[name].shape[-1]))
+        )
+        for name in names
+    }
+
+
+def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """A function (state, batch, lr, step) -> (state, metrics); compiles once per batch shape, donates `state`.
+
+    `batch` holds tokens, targets, valid [A, B, T] and, with document masking, documents [A, B, T].  The loss is the
+    sum over valid tokens divided by their count in the whole batch, so that it depends neither on the number of
+    micro-batches A nor on the mesh.
+    """
+    optimizer = optim.make_optimizer(run.optimizer)
+
+    def micro_loss(params: Any, micro: dict[str, jax.Array], valid_tokens: jax.Array, key: jax.Array | None):
+        x_BTD = transformer.hidden(
+            params,
+            micro["tokens"],
+            run.model,
+            run.execution,
+            documents_BT=micro.get("documents"),
+            dropout_key=key,
+        )
+        nll, _ = cross_entropy(
+            x_BTD,
+            transformer.head_kernel(params, run.model),
+            micro["targets"],
+            micro["valid"],
+            chunk_tokens=run.execution.loss_chunk_tokens,
+        )
+        return nll / valid_tokens
+
+    def train_step(state: State, batch: dict[str, jax.Array], lr: jax.Array, step: jax.Array):
+        params = state["params"]
+        accumulation = batch["tokens"].shape[0]
+        valid_tokens = jnp.maximum(jnp.sum(batch["valid"], dtype=jnp.int32), 1).astype(jnp.float32)
+        # The key is a function of the step, so that a resumed run draws the same masks.
+        step_key = jax.random.fold_in(keys(run.seed)[1], step) if run.model.dropout else None
+
+        def one(micro: dict[str, jax.Array], index: jax.Array | int):
+            key = None if step_key is None else jax.random.fold_in(step_key, index)
+            return jax.value_and_grad(micro_loss)(params, micro, valid_tokens, key)
+
+        if accumulation == 1:
+            loss, grads = one(jax.tree.map(lambda x: x[0], batch), 0)
+        else:
+
+            def body(total, xs):
+                micro, index = xs
+                # Without the barrier XLA's TPU compiler fails to move the gradients' all-reduce out of the loop
+                # (RET_CHECK in while_loop_all_reduce_code_motion); on other devices it costs nothing.
+                loss, grads = jax.lax.optimization_barrier(one(micro, index))
+                return jax.tree.map(jnp.add, total, (loss, grads)), None
+
+            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+            (loss, grads), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(accumulation)))
+
+        params, opt_state, metrics = optim.update(
+            optimizer, run.optimizer, grads, state["optimizer"], params, loss=loss, lr=lr
+        )
+        return {"params": params, "optimizer": opt_state}, {"loss": loss, "valid_tokens": valid_tokens, **metrics}
+
+    return jax.jit(train_step, donate_argnums=0)

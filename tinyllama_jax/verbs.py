@@ -1,0 +1,410 @@
+"""What each verb does.  Heavy imports happen inside, so that `--help` and wrong commands answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from tinyllama_jax import configio
+from tinyllama_jax.config import ConfigError, DataError, Mesh, Recipe, Run, UserError
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def answer(args: argparse.Namespace, value: dict, lines: list[str]) -> None:
+    """Numbers to stdout: one JSON object with --json, otherwise lines for a person."""
+    print(json.dumps(value) if args.json else "\n".join(lines))
+
+
+def resolved(args: argparse.Namespace) -> Run:
+    return configio.override(configio.load_experiment(args.experiment, args.experiment_path), args.settings)
+
+
+class _Progress:
+    """Progress of `prepare`: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self):
+        self.bar, self.last = None, time.monotonic()
+
+    def __call__(self, documents: int, tokens: int, phase: str) -> None:
+        text = f"{phase}: {documents:,} documents, {tokens:,} tokens"
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = self.bar or tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr)
+            self.bar.set_description_str(text)
+        elif time.monotonic() - self.last > 10:
+            self.last = time.monotonic()
+            say(text)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+
+
+# -- making ------------------------------------------------------------------------------------------------
+
+
+def prepare(args: argparse.Namespace) -> None:
+    from tinyllama_jax.data.prepare import prepare
+    from tinyllama_jax.data.store import TokenStore
+
+    recipe = Recipe(
+        sources=tuple(args.sources),
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        document_marks=args.document_marks,
+        validation_share=args.validation_share,
+    )
+    progress = _Progress()
+    try:
+        store = TokenStore.open(prepare(recipe, Path(args.out), progress=progress))
+    finally:
+        progress.close()
+    value = {"store": str(store.path), "vocab_size": store.vocab_size, "domains": {}}
+    lines = [f"{store.path}: vocabulary {store.vocab_size}"]
+    for domain in store.domains:
+        value["domains"][domain] = {}
+        for name in ("train", "validation"):
+            split = store.split(name, domain)
+            value["domains"][domain][name] = {"documents": split.documents, "tokens": split.tokens}
+            lines.append(f"  {domain:<12} {name:<10} {split.documents:>10,} documents {split.tokens:>14,} tokens")
+    answer(args, value, lines)
+
+
+def train(args: argparse.Namespace) -> None:
+    run = resolved(args)
+    from tinyllama_jax.train.loop import train
+
+    progress = _Progress()
+    try:
+        train(
+            run,
+            Path(args.workdir),
+            experiment=args.experiment,
+            allow_config_change=args.allow_config_change,
+            progress=progress,
+        )
+    finally:
+        progress.close()
+
+
+def demo(args: argparse.Namespace) -> None:
+    from tinyllama_jax.lab.report import write_report
+
+    started, workdir = time.monotonic(), Path(args.workdir)
+    args.allow_config_change = False
+    train(args)
+    value = evaluate_run(str(workdir), sequences=0, baselines=True)
+    page = write_report(workdir)
+    minutes = (time.monotonic() - started) / 60
+    value |= {"report": str(page), "minutes": minutes}
+    lines = _table(value)
+    for line in (workdir / "samples.jsonl").read_text().splitlines()[-len(resolved(args).evaluation.prompts) :]:
+        sample = json.loads(line)
+        lines += ["", f"-- {sample['prompt']!r} goes on:", sample["prompt"] + sample["text"]]
+    lines += [
+        "",
+        f"Trained, evaluated and reported in {minutes:.1f} minutes.  Now look at, or try:",
+        f"  {page}",
+        f'  tinyllama generate {workdir} --prompt "def main(" --max-new-tokens 64',
+        f"  tinyllama inspect {workdir}",
+        f"  tinyllama export hf {workdir} --out {workdir}/hf",
+    ]
+    answer(args, value, lines)
+
+
+def import_(args: argparse.Namespace) -> None:
+    from tinyllama_jax.interop.hf import read_hf
+    from tinyllama_jax.train.checkpoint import save_params
+
+    out, source = Path(args.out), Path(args.source)
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name another --out")
+    model, params = read_hf(source)
+    files = [source / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")]
+    meta = {
+        "step": 0,
+        "tokens": 0,
+        "name": source.resolve().name,
+        "model": configio.to_dict(model),
+        "document_marks": "bos",  # Llama's tokenizers put BOS before a text
+        "imported_from": {"format": "hf", "source": str(source)},
+    }
+    save_params(out, params, meta, tokenizer_files=[f for f in files if f.is_file()])
+    value = {"checkpoint": str(out), "parameters": _count(params)}
+    answer(args, value, [f"{out}: {value['parameters']:,} parameters"])
+
+
+def export(args: argparse.Namespace) -> None:
+    import jax
+
+    from tinyllama_jax.generate.load import load
+    from tinyllama_jax.interop.hf import write_hf
+    from tinyllama_jax.sharding import make_mesh
+
+    mesh = make_mesh(Mesh())
+    with jax.set_mesh(mesh):
+        loaded = load(args.checkpoint, mesh)
+        folder = loaded.path / "tokenizer"
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        write_hf(loaded.params, loaded.model, Path(args.out), dtype=args.dtype, tokenizer_files=files)
+    value = {"directory": args.out, "parameters": _count(loaded.params)}
+    answer(args, value, [f"{args.out}: {value['parameters']:,} parameters in {args.dtype}, from {loaded.path}"])
+
+
+def _count(params) -> int:
+    import jax
+
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+def report(args: argparse.Namespace) -> None:
+    from tinyllama_jax.lab.report import write_report
+
+    page = write_report(Path(args.run), compare=[Path(p) for p in args.compare])
+    answer(args, {"report": str(page)}, [str(page)])
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    value = evaluate_run(
+        args.checkpoint,
+        corpus=args.corpus,
+        sequences=args.sequences,
+        sequence_tokens=args.sequence_tokens,
+        baselines=args.baselines,
+        dtype=args.dtype,
+    )
+    answer(args, value, _table(value))
+
+
+def evaluate_run(
+    checkpoint: str, *, corpus=(), sequences=0, sequence_tokens=0, baselines=False, dtype="float32"
+) -> dict:
+    """Loss and bits per byte per domain of a run or checkpoint; with `baselines`, n-grams fitted on what it saw,
+    kept in the run directory for the report."""
+    import jax
+
+    from tinyllama_jax.config import Execution
+    from tinyllama_jax.data.store import TokenStore
+    from tinyllama_jax.evaluate.baselines import measure
+    from tinyllama_jax.evaluate.corpus import text_windows
+    from tinyllama_jax.evaluate.loss import Validator, held_out
+    from tinyllama_jax.generate.load import load
+    from tinyllama_jax.sharding import make_mesh
+    from tinyllama_jax.train.start import write_json
+
+    mesh = make_mesh(Mesh())
+    with jax.set_mesh(mesh):
+        loaded = load(checkpoint, mesh, dtype=dtype)
+        run = configio.from_dict(Run, loaded.meta["config"]) if "config" in loaded.meta else None
+        length = sequence_tokens or (run.data.sequence_tokens if run else loaded.model.context_tokens)
+        if length > loaded.model.context_tokens:
+            raise ConfigError(
+                f"--sequence-tokens {length} exceeds the model's context of {loaded.model.context_tokens}"
+            )
+        windows, store = {}, None
+        if not corpus:
+            if run is None:
+                raise ConfigError(f"{checkpoint} is not a run and has no text of its own; name some with --corpus")
+            store = TokenStore.open(loaded.meta["store"]["path"])
+            windows = held_out(store, length + 1, sequences)
+        for source in corpus:
+            if (Path(source) / "manifest.json").is_file():
+                found = TokenStore.open(source)
+                if found.manifest["tokenizer"]["sha256"] != loaded.tokenizer().sha256:
+                    raise DataError(f"{source} was made with another tokenizer than that of {loaded.path}")
+                windows |= held_out(found, length + 1, sequences)
+            else:
+                windows |= text_windows([source], loaded.tokenizer(), loaded.marks, length + 1, sequences)
+        token_bytes = loaded.tokenizer().token_bytes()
+        validator = Validator(
+            windows,
+            token_bytes,
+            loaded.model,
+            Execution(),
+            mesh,
+            batch_sequences=8,
+            document_masking=run.data.document_masking if run else False,
+        )
+        domains = validator(loaded.params)
+    value = {
+        "checkpoint": str(loaded.path),
+        "step": loaded.meta["step"],
+        "tokens": loaded.meta["tokens"],
+        "sequence_tokens": length,
+        "domains": domains,
+    }
+    if baselines:
+        if run is None or corpus:
+            raise ConfigError("--baselines needs a run and its own store: they are fitted on what the run saw")
+        counted = measure(run, store, loaded.meta["step"], windows, token_bytes)
+        for domain, kinds in counted["domains"].items():
+            kinds["model"] = {k: domains[domain][k] for k in ("loss", "bits_per_byte")}
+        value["baselines"] = counted
+        if loaded.path.parent.name == "checkpoints":
+            write_json(loaded.path.parent.parent / "baselines.json", counted | {"step": loaded.meta["step"]})
+    return value
+
+
+def _table(value: dict) -> list[str]:
+    lines = [f"{value['checkpoint']}: step {value['step']}, {value['tokens']:,} tokens"]
+    lines.append(f"  {'domain':<14}{'nats/token':>12}{'bits/byte':>12}{'tokens':>12}")
+    for domain, d in value["domains"].items():
+        lines.append(f"  {domain:<14}{d['loss']:>12.4f}{d['bits_per_byte']:>12.4f}{d['tokens']:>12,}")
+    if "baselines" in value:
+        lines.append(f"n-grams fitted on the {value['baselines']['fitted_on_tokens']:,} tokens that the run saw:")
+        lines.append(f"  {'domain':<14}{'model':>12}{'bigram':>12}{'unigram':>12}   nats/token")
+        for domain, b in value["baselines"]["domains"].items():
+            losses = [b[kind]["loss"] for kind in ("model", "bigram", "unigram")]
+            verdict = "below both" if losses[0] < min(losses[1:]) else "NOT below both"
+            lines.append(f"  {domain:<14}" + "".join(f"{x:>12.4f}" for x in losses) + f"   {verdict}")
+    return lines
+
+
+def _load_rows(path: str):
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"--tokens {path}: not a readable .npy file ({str(error).splitlines()[0]})") from error
+
+
+def score(args: argparse.Namespace) -> None:
+    import jax
+
+    from tinyllama_jax.config import Execution
+    from tinyllama_jax.generate import score as scoring
+    from tinyllama_jax.generate.load import load
+    from tinyllama_jax.sharding import make_mesh
+
+    rows = _load_rows(args.tokens)
+    mesh = make_mesh(Mesh())
+    with jax.set_mesh(mesh):
+        loaded = load(args.checkpoint, mesh, dtype=args.dtype)
+        nll_BT = scoring.score(loaded.params, loaded.model, Execution(), mesh, rows)
+    value = {"nll": nll_BT.tolist(), "mean_nll": float(nll_BT.mean(dtype="float64"))}
+    per_row = [f"row {i}: {row.mean():.4f}" for i, row in enumerate(nll_BT)]
+    answer(args, value, [*per_row, f"mean: {value['mean_nll']:.6f} nats per token over {nll_BT.size} tokens"])
+
+
+def generate(args: argparse.Namespace) -> None:
+    import jax
+
+    from tinyllama_jax.config import Execution
+    from tinyllama_jax.generate import sample
+    from tinyllama_jax.generate.load import load, prompt_tokens
+    from tinyllama_jax.sharding import make_mesh
+
+    rows = None if args.tokens is None else _load_rows(args.tokens)
+    if rows is not None and (rows.ndim != 2 or rows.dtype.kind not in "iu"):
+        raise DataError(f"--tokens {args.tokens}: must be integers [batch, time], not {rows.dtype} {list(rows.shape)}")
+    mesh = make_mesh(Mesh())
+    with jax.set_mesh(mesh):
+        loaded = load(args.checkpoint, mesh, dtype=args.dtype)
+        try:
+            tokenizer = loaded.tokenizer()
+        except UserError:
+            if rows is None:
+                raise
+            tokenizer = None  # ids in, ids out
+        if rows is None:
+            prompts = [prompt_tokens(tokenizer, loaded.marks, text) for text in args.prompt]
+        else:
+            prompts = rows.tolist()
+        stream = None
+        if not args.json and len(prompts) == 1 and tokenizer is not None:
+            stream = _Stream(tokenizer)
+            print(args.prompt[0] if rows is None else "", end="", flush=True)
+        answers = sample.generate(
+            loaded.params,
+            loaded.model,
+            Execution(),
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            eos_id=tokenizer.eos_id if tokenizer and not args.ignore_eos else None,
+            on_tokens=stream,
+        )
+    texts = [tokenizer.decode(ids) for ids in answers] if tokenizer else None
+    if args.json:
+        print(json.dumps({"tokens": answers, "text": texts, "prompt_tokens": prompts}))
+    elif stream is not None:
+        print()
+    else:
+        shown = args.prompt if rows is None else [""] * len(prompts)
+        for i, row in enumerate(answers):
+            print(f"[{i}] {shown[i]}{texts[i]}" if texts else f"[{i}] {row}")
+
+
+class _Stream:
+    """Prints a single row's text as it grows; waits while a character's bytes are incomplete."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.printed = tokenizer, [], 0
+
+    def __call__(self, emitted: list[int | None]) -> None:
+        if emitted[0] is None:
+            return
+        self.ids.append(emitted[0])
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            print(text[self.printed :], end="", flush=True)
+            self.printed = len(text)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    import jax
+
+    from tinyllama_jax import flops
+    from tinyllama_jax.generate.load import model_of
+    from tinyllama_jax.model import transformer
+    from tinyllama_jax.presets import PRESETS, preset
+    from tinyllama_jax.train import checkpoint
+
+    value: dict = {"what": args.what}
+    if args.what in PRESETS:
+        model = preset(args.what)
+    elif ":" in args.what and not Path(args.what).exists():
+        args.experiment = args.what
+        run = resolved(args)
+        model = run.model
+        value |= {"fingerprint": configio.fingerprint(run), "config": configio.to_dict(run)}
+    elif Path(args.what.rpartition("@")[0] or args.what).exists():
+        path = checkpoint.resolve(args.what)
+        meta = checkpoint.read_meta(path)
+        model = model_of(meta)
+        value |= {"checkpoint": str(path)} | {k: v for k, v in meta.items() if k not in ("leaves", "model")}
+    else:
+        hint = configio.nearest(args.what, PRESETS) or f" (presets: {', '.join(PRESETS)})"
+        raise ConfigError(f"{args.what!r} is no preset, experiment, run or checkpoint{hint}")
+    length = args.sequence_tokens or model.context_tokens
+    shapes = jax.eval_shape(lambda key: transformer.init(model, key), jax.random.key(0))
+    flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    value |= {
+        "model": configio.to_dict(model),
+        "shapes": {".".join(str(k.key) for k in path): list(leaf.shape) for path, leaf in flat},
+        "parameters": flops.parameter_counts(model),
+        "sequence_tokens": length,
+        "train_flops_per_token": {c: flops.flops_per_token(model, length, c) for c in flops.CONVENTIONS},
+    }
+    lines = [args.what] + [f"  {name:<28} {shape}" for name, shape in value["shapes"].items()]
+    lines += [f"  parameters, {name}: {n:,}" for name, n in value["parameters"].items()]
+    lines += [
+        f"  training FLOPs per token at {length} tokens, {c}: {n:,}" for c, n in value["train_flops_per_token"].items()
+    ]
+    if "step" in value:
+        lines.append(f"  step {value['step']}, {value['tokens']:,} tokens, checkpoint {value['checkpoint']}")
+    answer(args, value, lines)
