@@ -84,7 +84,7 @@ def remove(path: Path) -> None:
 def seal(temporary: Path) -> None:
     """Adds checksums.json to a complete directory and waits until all of it is on the disk."""
     sums = _checksums(temporary, sorted(p for p in temporary.rglob("*") if p.is_file()))
-    (temporary / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
+    (temporary / "checksums.json").write_text(json.dumps(sums, indent=1))  # every byte counts
     for path in [*temporary.rglob("*"), temporary]:
         _fsync(path)
 

@@ -1,0 +1,107 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tinyllama_jax.config import ConfigError
+from tinyllama_jax.train import health
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_a_flag_and_handlers_are_put_back(number):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with health.StopSignal() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested and stop.name == number.name
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_the_second_interrupt_interrupts_at_once():
+    with health.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may lose its patience too; that is no second Ctrl-C
+        assert stop.name == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    seen = []
+
+    def body():
+        with health.StopSignal() as stop:
+            seen.append(stop.requested)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [False] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_consecutive_skips_end_the_run_with_a_status_that_may_be_retried():
+    health.check_skips(19, 20, 100)
+    with pytest.raises(health.Diverged, match="last 20 steps up to step 100 were skipped") as caught:
+        health.check_skips(20.0, 20, 100)
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+
+
+def test_one_process_per_run_directory(tmp_path):
+    with health.claim(tmp_path / "runs/a") as workdir:
+        assert workdir.is_dir()
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} is training there"):
+            with health.claim(workdir):
+                pass
+        with health.claim(tmp_path / "runs/b"):
+            pass
+    with health.claim(tmp_path / "runs/a"):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    code = (
+        "import sys, time; from tinyllama_jax.train import health\n"
+        "with health.claim(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"process {process.pid} is training there"):
+            with health.claim(tmp_path):
+                pass
+        process.kill()
+    with health.claim(tmp_path):
+        assert (tmp_path / health.LOCK_NAME).read_text() == f"{os.getpid()}\n"
+
+
+def test_a_file_in_the_way_is_one_line_and_is_kept(tmp_path):
+    (tmp_path / "run").write_text("precious")
+    for workdir in (tmp_path / "run", tmp_path / "run/deeper"):
+        with pytest.raises(ConfigError, match="a file is in the way") as caught:
+            with health.claim(workdir):
+                pass
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted")
+    try:
+        for workdir in (disk, disk / "run"):
+            with pytest.raises(ConfigError, match="Read-only file system"):
+                with health.claim(workdir):
+                    pass
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_too_little_space_is_said_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="GiB free, 1048576.0 GiB needed"):
+        with health.claim(tmp_path, need_bytes=2**50):
+            pass
