@@ -1,0 +1,83 @@
+"""Tokenizer files that AutoTokenizer reads as training did.
+
+tokenizer.model alone is not enough: transformers 5 rebuilds Llama's tokenizer around its pieces with another rule
+for leading spaces (`"  x"` loses one, and indented code begins with some).  So a tokenizer.json that states
+SentencePiece's own rules goes beside it, and tokenizer_config.json names the class that takes that as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tinyllama_jax.config import ConfigError, DataError, Model
+from tinyllama_jax.data.tokenizer import JSON_CONFIG_FILE, JSON_FILE, MODEL_FILE, Tokenizer, write_tokenizer_json
+from tinyllama_jax.interop.tensor_files import read_json, write_json
+
+
+def write(files: Iterable[str | Path], directory: Path, model: Model) -> dict[str, int]:
+    """Write a tokenizer into `directory`; returns its `bos_token_id` and `eos_token_id`, nothing without files.
+
+    files: a SentencePiece model, a tokenizer.json or both of the same vocabulary, and perhaps a
+    tokenizer_config.json, whose other settings (a chat template, say) are kept.
+    Raises DataError for files that are no such tokenizer, ConfigError when it has more ids than the model.
+    """
+    files = [Path(file) for file in files]
+    given = {_standard_name(file): file for file in files}
+    if not files:
+        return {}
+    if len(given) < len(files) or not given.keys() & {MODEL_FILE, JSON_FILE}:
+        raise DataError(f"{', '.join(map(str, files))}: give one SentencePiece model or tokenizer.json, or one of each")
+    tokenizer = Tokenizer.load(given.get(MODEL_FILE) or given[JSON_FILE])
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"{tokenizer.files[0]}: {tokenizer.vocab_size} ids are more than model.vocab_size={model.vocab_size}; "
+            "export with the tokenizer that the model was trained with"
+        )
+    for name, file in given.items():
+        (directory / name).write_bytes(file.read_bytes())
+    if JSON_FILE not in given:
+        write_tokenizer_json(given[MODEL_FILE], directory / JSON_FILE)
+        fast = read_json(directory / JSON_FILE)
+        write_json(directory / JSON_FILE, fast | {"post_processor": _begin_with(tokenizer.bos_id, _texts(fast))})
+    texts = _texts(read_json(directory / JSON_FILE))
+    kept = read_json(directory / JSON_CONFIG_FILE) if JSON_CONFIG_FILE in given else {}
+    settings = {
+        "bos_token": texts.get(tokenizer.bos_id),
+        "eos_token": texts.get(tokenizer.eos_id),
+        "unk_token": "<unk>" if "<unk>" in texts.values() else None,
+        "model_max_length": model.context_tokens,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    forced = {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": False}
+    write_json(directory / JSON_CONFIG_FILE, settings | kept | forced)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def _standard_name(file: Path) -> str:
+    if file.name == JSON_CONFIG_FILE:
+        return JSON_CONFIG_FILE
+    return JSON_FILE if file.suffix == ".json" else MODEL_FILE
+
+
+def _texts(fast: dict) -> dict[int, str]:
+    """Id -> text of a tokenizer.json."""
+    texts = {i: text for text, i in fast["model"]["vocab"].items()}
+    return texts | {token["id"]: token["content"] for token in fast.get("added_tokens") or ()}
+
+
+def _begin_with(bos_id: int, texts: dict[int, str]) -> dict:
+    """The post-processor that puts BOS before each text of one or a pair."""
+    bos = texts[bos_id]
+
+    def sequence(name: str, type_id: int) -> list[dict]:
+        return [{"SpecialToken": {"id": bos, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": sequence("A", 0),
+        "pair": sequence("A", 0) + sequence("B", 1),
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
