@@ -5,6 +5,7 @@ import pytest
 
 from tinyllama_jax.config import ConfigError, Data, DataError, Stage
 from tinyllama_jax.data.pipeline import Pipeline
+from tinyllama_jax.data.store import Split, SplitWriter
 from tinyllama_jax.schedules import Plan
 
 T = 6
@@ -153,6 +154,27 @@ def test_iterating_outside_the_run():
     for start, stop in [(-1, 3), (0, 25), (4, 3)]:
         with pytest.raises(IndexError):
             pipeline().iterate(start, stop)
+
+
+def test_with_the_real_store_on_disk(tmp_path):
+    store, dtype, entries = FakeStore(prose=200, code=130), np.dtype("<u2"), {}
+    for name in store.domains:
+        fake = store.split("train", name)
+        writer = SplitWriter(tmp_path / name, dtype, shard_tokens=64)  # windows straddle shards
+        for begin in range(0, fake.tokens, DOCUMENT):
+            writer.add(np.arange(begin, min(begin + DOCUMENT, fake.tokens)) + fake.base, text_bytes=1)
+        entries[name] = writer.entry()
+        store._splits[name] = Split(tmp_path / name, entries[name], dtype)
+    reference = pipeline(masking=True)
+    for step, batch in pipeline(store=store, masking=True).iterate(0, 24):
+        assert same(batch, reference.batch(step))
+
+    shard = tmp_path / "code" / "00001.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    store._splits["code"] = Split(tmp_path / "code", entries["code"], dtype)  # nothing checked yet
+    with pytest.raises(DataError, match=r"code/00001.bin.*CRC32"):
+        list(pipeline(store=store).iterate(0, 24))
+    assert not prefetch_threads()
 
 
 @pytest.mark.parametrize(
