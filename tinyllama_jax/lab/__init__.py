@@ -1,0 +1,1 @@
+"""What is learnt from runs: reading run directories, reports, fits."""
