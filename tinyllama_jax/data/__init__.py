@@ -1,0 +1,1 @@
+"""From text to batches: corpora, tokenizer, token store, order and pipeline."""
