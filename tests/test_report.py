@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from synthetic_run import lines, write_run
 
 from tinyllama_jax.config import DataError
 from tinyllama_jax.lab import draw, plots
+from tinyllama_jax.lab import report as report_module
 from tinyllama_jax.lab.report import write_report
 from tinyllama_jax.lab.runs import Run
 
@@ -46,6 +48,12 @@ def report(*args, **options):
     path = write_report(*args, **options)
     assert not [p for p in path.parent.rglob(".*")], "a temporary file was left behind"
     return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Pictures with fewer pixels, because drawing them is what takes the time; `complete` has them in full."""
+    monkeypatch.setattr(report_module, "save", functools.partial(draw.save, dpi=60))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +131,21 @@ def test_a_run_of_few_steps(tmp_path, steps):
     assert len(page.images()) == len(ALL) - 1
     for path in (run / "plots").glob("*.png"):
         assert (imread(path)[..., :3] < 0.7).any(axis=2).mean() > 0.003
+
+
+def test_a_run_that_was_not_compared_with_counting(tmp_path):
+    run = write_run(tmp_path / "r", steps=30, validation_every=10)
+    (run / "baselines.json").unlink()
+    text = " ".join(report(run).words)
+    assert "Not yet compared with counting" in text and "bigram loss" not in text
+    assert f"{Run(run).last_validation('code'):.3f}" in text
+
+
+def test_interrupted_checkpoints_are_counted(tmp_path):
+    run = write_run(tmp_path / "r", steps=30, validation_every=0)
+    kinds = ["writing", "written", "committed"] * 2 + ["writing"]
+    lines(run / "events.jsonl", [{"kind": f"checkpoint_{kind}", "step": 5} for kind in kinds])
+    assert "2 of 3 checkpoints begun were committed." in " ".join(report(run).words)
 
 
 def test_a_run_without_validation(tmp_path):

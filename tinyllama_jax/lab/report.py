@@ -29,7 +29,7 @@ from tinyllama_jax.lab.plots import breaks, figures, unique_names
 from tinyllama_jax.lab.runs import Run
 
 _MOST_EVENTS, _MOST_SAMPLES = 200, 200  # rows; a page must stay light enough to be mailed
-_ROUTINE = {"checkpoint_writing", "checkpoint_written", "checkpoint_committed"}  # their number is enough
+_ROUTINE = {"checkpoint_writing", "checkpoint_written", "checkpoint_committed"}  # told in one sentence
 
 
 def write_report(run_dir: str | Path | Run, *, compare: Sequence[str | Path | Run] = ()) -> Path:
@@ -136,9 +136,9 @@ def _verdicts(run: Run) -> str:
             text = text if math.isfinite(margin) else "no finite loss"
             verdict = f'<span class="{"good" if good else "bad"}">{"✓" if good else "✗"} {text}</span>'
         perplexity = f"{math.exp(loss):,.1f}" if loss < 20 else "–"
-        cells = [number(loss, 3), number(bits, 3), perplexity, number(unigram), number(bigram), verdict]
-        rows.append([escape(name), *cells])
-    finding = ""
+        rows.append([escape(name), number(loss, 3), number(bits, 3), perplexity])
+        rows[-1] += [number(unigram), number(bigram), verdict] if measured else []
+    finding = "" if measured else "<p>Not yet compared with counting: <code>eval RUN --baselines</code> does that.</p>"
     if margins:
         won, fitted = sum(margin > 0 for margin in margins), _float(run.baselines.get("fitted_on_tokens"))
         first = "first " if fitted < run.tokens else ""
@@ -149,7 +149,8 @@ def _verdicts(run: Run) -> str:
             + (f" The baselines count the {first}{si(fitted)} tokens that it was trained on." if fitted > 0 else "")
             + "</p>"
         )
-    header = ["domain", "loss", "bits per byte", "perplexity", "unigram loss", "bigram loss", "against counting"]
+    header = ["domain", "loss", "bits per byte", "perplexity"]
+    header += ["unigram loss", "bigram loss", "against counting"] if measured else []
     return f"<h2>Validation</h2>{finding}{table(header, rows)}"
 
 
@@ -261,7 +262,11 @@ def _events(run: Run) -> str:
             told = "; ".join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in rest.items())
             words = (clock(event.get("time")), kind.replace("_", " "), told)
             rows.append([_integer(event.get("step")), *map(escape, words)])
-    notes += [f"{kinds[kind]:,} × {escape(kind.replace('_', ' '))}." for kind in kinds if kind in routine]
+    committed, begun = kinds["checkpoint_committed"], kinds["checkpoint_writing"]
+    if begun:
+        notes.append(f"{committed:,} of {begun:,} checkpoints begun were committed.")
+    often = [kind for kind in kinds if kind in routine - _ROUTINE]
+    notes += [f"{kinds[kind]:,} × {escape(kind.replace('_', ' '))}." for kind in often]
     if len(rows) > _MOST_EVENTS:
         notes.append(f"The last {_MOST_EVENTS} of {len(rows):,} events:")
         rows = rows[-_MOST_EVENTS:]
