@@ -276,6 +276,15 @@ def test_accept_may_refuse_before_arrays_are_read(run, states, mesh):
         checkpoints.restore(abstract(states[20], mesh), accept=refuse)
 
 
+def test_peek_passes_over_damaged_metadata_and_touches_nothing(run, tmp_path):
+    checkpoints = Checkpoints(run / "checkpoints", keep_temporary=2)
+    assert checkpoints.peek()["tokens"] == 140
+    flip(run / "checkpoints/00000020/meta.json")
+    assert checkpoints.peek()["tokens"] == 70
+    assert checkpoints.steps() == [10, 20]
+    assert Checkpoints(tmp_path / "new", keep_temporary=2).peek() is None
+
+
 def test_permanent_blocking_saves_are_read_back(tmp_path, states):
     def sabotage(kind, step):
         if kind == "committed":
