@@ -169,6 +169,14 @@ def test_shards_keep_to_their_size(tmp_path):
             Rope(kind="yarn", factor=4.0, original_context_tokens=2048),
         ),
         (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 4096},
+            Rope(kind="yarn", factor=4.0, original_context_tokens=4096),
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 1024},
+            Rope(kind="yarn", factor=4.0, original_context_tokens=1024),
+        ),
+        (
             {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 512, "attention_factor": 1.25}},
             Rope(kind="yarn", factor=4.0, original_context_tokens=512, attention_factor=1.25),
         ),

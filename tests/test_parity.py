@@ -31,7 +31,7 @@ SMALL = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -105,27 +105,29 @@ def on_one_device(function):
     return wrapped
 
 
+def placed(params, *token_ids):
+    mesh = jax.sharding.get_mesh()
+    rows = [jax.device_put(t, sharding.batch_sharding(mesh)) for t in token_ids]
+    return jax.device_put(params, sharding.param_shardings(params, mesh)), *rows
+
+
 def our_logits(params, model, token_ids):
-    mesh = jax.sharding.get_mesh()
-    placed = jax.device_put(params, sharding.param_shardings(params, mesh))
-    rows = jax.device_put(token_ids, sharding.batch_sharding(mesh))
-    return np.asarray(jax.jit(lambda p, t: transformer.logits(p, t, model, Execution()))(placed, rows))
+    return np.asarray(jax.jit(lambda p, t: transformer.logits(p, t, model, Execution()))(*placed(params, token_ids)))
 
 
-def our_loss_and_gradients(params, model, token_ids):
-    mesh = jax.sharding.get_mesh()
-    placed = jax.device_put(params, sharding.param_shardings(params, mesh))
-    inputs, targets = (jax.device_put(t, sharding.batch_sharding(mesh)) for t in (token_ids[:, :-1], token_ids[:, 1:]))
+def our_loss_logits_and_gradients(params, model, token_ids):
+    """As in training: the mean over tokens, from the chunked cross-entropy.  One program, for compiling is slow."""
+    params, inputs, targets = placed(params, token_ids[:, :-1], token_ids[:, 1:])
 
     @jax.jit
-    @jax.value_and_grad
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(p):
-        x_BTD = transformer.hidden(p, inputs, model, Execution())
-        w_DV = transformer.head_kernel(p, model)
+        x_BTD, w_DV = transformer.hidden(p, inputs, model, Execution()), transformer.head_kernel(p, model)
         total, count = cross_entropy(x_BTD, w_DV, targets, jnp.ones_like(targets, bool), chunk_tokens=32)
-        return total / count
+        return total / count, transformer.logits(p, inputs, model, Execution())
 
-    return loss(placed)
+    (value, logits), gradients = loss(params)
+    return float(value), np.asarray(logits), gradients
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES)
@@ -138,26 +140,20 @@ def imported(request, tmp_path):
 
 
 @on_one_device
-def test_logits(imported):
-    theirs, model, params = imported
-    token_ids = tokens()[:, :-1]
-    expected = torch_logits(theirs, token_ids)
-    assert expected.std() > 0.3  # else 2e-5 would say little
-    actual = our_logits(params, model, token_ids)
-    assert np.abs(actual - expected).max() <= 2e-5
-
-
-@on_one_device
-def test_gradients(imported):
+def test_logits_and_gradients(imported):
     theirs, model, params = imported
     token_ids = tokens()
-    logits = theirs(torch.from_numpy(token_ids[:, :-1]).long()).logits
+    expected = theirs(torch.from_numpy(token_ids[:, :-1]).long()).logits
     labels = torch.from_numpy(token_ids[:, 1:]).long().flatten()
-    expected_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels)
+    expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels)
     expected_loss.backward()
+    loss, logits, gradients = our_loss_logits_and_gradients(params, model, token_ids)
+
+    expected = expected.detach().numpy()
+    assert expected.std() > 0.3  # else 2e-5 would say little
+    assert np.abs(logits - expected).max() <= 2e-5
+    assert abs(loss - expected_loss.item()) <= 1e-5
     expected = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
-    loss, gradients = our_loss_and_gradients(params, model, token_ids)
-    assert abs(float(loss) - expected_loss.item()) <= 1e-5
     actual = dict(hf_tensors(gradients, model))
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
