@@ -1,0 +1,1 @@
+"""The Llama-family transformer: RoPE, initial weights, the modules of a block, the model as functions."""
