@@ -40,7 +40,7 @@ def demo() -> Run:
             context_tokens=256,
             compute_dtype="float32",  # a CPU gains little from bfloat16, and exact resumption is easier to see
         ),
-        data=Data(store="data/python-2048", sequence_tokens=256, recipe=Recipe(vocab_size=2048)),
+        data=Data(store="data/python-2048", sequence_tokens=256, recipe=Recipe(vocab_size=2048, validation_share=0.1)),
         curriculum=(
             Stage(name="basic", tokens=750 * batch, batch_tokens=batch, mixture={"prose": 0.6, "code": 0.4}),
             Stage(
@@ -60,7 +60,10 @@ def demo() -> Run:
 
 
 def tiny() -> Run:
-    """Seventy-two steps across two stage borders and a batch change, saving often: for tests of the machinery."""
+    """270 steps in about half a minute, across two stage borders and a batch change, saving often.
+
+    For tests of the machinery; it learns little.
+    """
     batch = 8 * 128
     return Run(
         name="tiny",
@@ -77,17 +80,17 @@ def tiny() -> Run:
         ),
         data=Data(store="data/python-1024", sequence_tokens=128, recipe=Recipe(vocab_size=1024)),
         curriculum=(
-            Stage(name="basic", tokens=30 * batch, batch_tokens=batch, mixture={"prose": 1.0}),
+            Stage(name="basic", tokens=120 * batch, batch_tokens=batch, mixture={"prose": 1.0}),
             Stage(
                 name="continual",
-                tokens=24 * batch,
+                tokens=90 * batch,
                 batch_tokens=batch,
                 mixture={"prose": 0.5, "code": 0.5},
-                ramp_tokens=12 * batch,
+                ramp_tokens=40 * batch,
             ),
-            Stage(name="cooldown", tokens=36 * batch, batch_tokens=2 * batch, mixture={"prose": 0.5, "code": 0.5}),
+            Stage(name="cooldown", tokens=120 * batch, batch_tokens=2 * batch, mixture={"prose": 0.5, "code": 0.5}),
         ),
-        lr=LearningRate(kind="cosine", peak=3e-3, end=3e-4, warmup_tokens=10 * batch),
-        checkpoint=Checkpoint(temporary_seconds=0, temporary_steps=5),
-        evaluation=Evaluation(every_tokens=24 * batch, sequences=8, prompts=PROMPTS[:1], sample_tokens=16),
+        lr=LearningRate(kind="cosine", peak=3e-3, end=3e-4, warmup_tokens=20 * batch),
+        checkpoint=Checkpoint(temporary_seconds=0, temporary_steps=10),
+        evaluation=Evaluation(every_tokens=90 * batch, sequences=8, prompts=PROMPTS[:1], sample_tokens=16),
     )

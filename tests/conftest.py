@@ -6,6 +6,47 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+# Programs are compiled once for all test processes, also those that tests start, and once for all test runs.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS.parent))  # experiments/ is part of the repository, not of the installed package
+sys.path.insert(0, str(TESTS))
+
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from the code as it is")
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory) -> Path:
+    """A token store of two domains, prose and code, a vocabulary of 512, made once per test process."""
+    import argparse
+    import ast
+    import dataclasses
+    import pydoc_data.topics
+    import tempfile
+
+    from tinyllama_jax.config import Recipe
+    from tinyllama_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for domain in ("prose", "code"):
+        (folder / domain).mkdir()
+    for name, text in sorted(pydoc_data.topics.topics.items())[:60]:
+        (folder / "prose" / f"{name}.txt").write_text(text)
+    for module in (argparse, ast, dataclasses, inspect, tempfile):
+        source = inspect.getsource(module)
+        for number, start in enumerate(range(0, len(source), 8000)):
+            (folder / "code" / f"{module.__name__}_{number}.py").write_text(source[start : start + 8000])
+    recipe = Recipe(sources=(f"prose={folder}/prose", f"code={folder}/code"), vocab_size=512, validation_share=0.1)
+    return prepare(recipe, folder / "store")

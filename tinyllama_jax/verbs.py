@@ -95,12 +95,13 @@ def train(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
+    from tinyllama_jax.evaluate.measure import measure
     from tinyllama_jax.lab.report import write_report
 
     started, workdir = time.monotonic(), Path(args.workdir)
     args.allow_config_change = False
     train(args)
-    value = evaluate_run(str(workdir), sequences=0, baselines=True)
+    value = measure(str(workdir), baselines=True)
     page = write_report(workdir)
     minutes = (time.monotonic() - started) / 60
     value |= {"report": str(page), "minutes": minutes}
@@ -175,7 +176,9 @@ def report(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    value = evaluate_run(
+    from tinyllama_jax.evaluate.measure import measure
+
+    value = measure(
         args.checkpoint,
         corpus=args.corpus,
         sequences=args.sequences,
@@ -184,75 +187,6 @@ def evaluate(args: argparse.Namespace) -> None:
         dtype=args.dtype,
     )
     answer(args, value, _table(value))
-
-
-def evaluate_run(
-    checkpoint: str, *, corpus=(), sequences=0, sequence_tokens=0, baselines=False, dtype="float32"
-) -> dict:
-    """Loss and bits per byte per domain of a run or checkpoint; with `baselines`, n-grams fitted on what it saw,
-    kept in the run directory for the report."""
-    import jax
-
-    from tinyllama_jax.config import Execution
-    from tinyllama_jax.data.store import TokenStore
-    from tinyllama_jax.evaluate.baselines import measure
-    from tinyllama_jax.evaluate.corpus import text_windows
-    from tinyllama_jax.evaluate.loss import Validator, held_out
-    from tinyllama_jax.generate.load import load
-    from tinyllama_jax.sharding import make_mesh
-    from tinyllama_jax.train.start import write_json
-
-    mesh = make_mesh(Mesh())
-    with jax.set_mesh(mesh):
-        loaded = load(checkpoint, mesh, dtype=dtype)
-        run = configio.from_dict(Run, loaded.meta["config"]) if "config" in loaded.meta else None
-        length = sequence_tokens or (run.data.sequence_tokens if run else loaded.model.context_tokens)
-        if length > loaded.model.context_tokens:
-            raise ConfigError(
-                f"--sequence-tokens {length} exceeds the model's context of {loaded.model.context_tokens}"
-            )
-        windows, store = {}, None
-        if not corpus:
-            if run is None:
-                raise ConfigError(f"{checkpoint} is not a run and has no text of its own; name some with --corpus")
-            store = TokenStore.open(loaded.meta["store"]["path"])
-            windows = held_out(store, length + 1, sequences)
-        for source in corpus:
-            if (Path(source) / "manifest.json").is_file():
-                found = TokenStore.open(source)
-                if found.manifest["tokenizer"]["sha256"] != loaded.tokenizer().sha256:
-                    raise DataError(f"{source} was made with another tokenizer than that of {loaded.path}")
-                windows |= held_out(found, length + 1, sequences)
-            else:
-                windows |= text_windows([source], loaded.tokenizer(), loaded.marks, length + 1, sequences)
-        token_bytes = loaded.tokenizer().token_bytes()
-        validator = Validator(
-            windows,
-            token_bytes,
-            loaded.model,
-            Execution(),
-            mesh,
-            batch_sequences=8,
-            document_masking=run.data.document_masking if run else False,
-        )
-        domains = validator(loaded.params)
-    value = {
-        "checkpoint": str(loaded.path),
-        "step": loaded.meta["step"],
-        "tokens": loaded.meta["tokens"],
-        "sequence_tokens": length,
-        "domains": domains,
-    }
-    if baselines:
-        if run is None or corpus:
-            raise ConfigError("--baselines needs a run and its own store: they are fitted on what the run saw")
-        counted = measure(run, store, loaded.meta["step"], windows, token_bytes)
-        for domain, kinds in counted["domains"].items():
-            kinds["model"] = {k: domains[domain][k] for k in ("loss", "bits_per_byte")}
-        value["baselines"] = counted
-        if loaded.path.parent.name == "checkpoints":
-            write_json(loaded.path.parent.parent / "baselines.json", counted | {"step": loaded.meta["step"]})
-    return value
 
 
 def _table(value: dict) -> list[str]:
@@ -323,8 +257,7 @@ def generate(args: argparse.Namespace) -> None:
             prompts = rows.tolist()
         stream = None
         if not args.json and len(prompts) == 1 and tokenizer is not None:
-            stream = _Stream(tokenizer)
-            print(args.prompt[0] if rows is None else "", end="", flush=True)
+            stream = _Stream(tokenizer, prompts[0])
         answers = sample.generate(
             loaded.params,
             loaded.model,
@@ -338,7 +271,11 @@ def generate(args: argparse.Namespace) -> None:
             eos_id=tokenizer.eos_id if tokenizer and not args.ignore_eos else None,
             on_tokens=stream,
         )
-    texts = [tokenizer.decode(ids) for ids in answers] if tokenizer else None
+    # Decoded behind the prompt: a continuation decoded alone loses the space that it may begin with.
+    texts = tokenizer and [
+        tokenizer.decode(prompt + ids).removeprefix(tokenizer.decode(prompt))
+        for prompt, ids in zip(prompts, answers, strict=True)
+    ]
     if args.json:
         print(json.dumps({"tokens": answers, "text": texts, "prompt_tokens": prompts}))
     elif stream is not None:
@@ -350,10 +287,10 @@ def generate(args: argparse.Namespace) -> None:
 
 
 class _Stream:
-    """Prints a single row's text as it grows; waits while a character's bytes are incomplete."""
+    """Prints a prompt and what follows as it grows; waits while a character's bytes are incomplete."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.printed = tokenizer, [], 0
+    def __init__(self, tokenizer, prompt: list[int]):
+        self.tokenizer, self.ids, self.printed = tokenizer, list(prompt), 0
 
     def __call__(self, emitted: list[int | None]) -> None:
         if emitted[0] is None:

@@ -16,7 +16,6 @@ from tinyllama_jax.loss import cross_entropy
 from tinyllama_jax.model import transformer
 from tinyllama_jax.sharding import batch_sharding
 
-
 Windows = dict[str, tuple[np.ndarray, np.ndarray]]  # domain -> tokens and document ids, each int32 [N, window]
 
 
@@ -38,6 +37,13 @@ def held_out(store: TokenStore, window_tokens: int, count: int, domains: Sequenc
             "data.sequence_tokens or prepare a store with more text"
         )
     return windows
+
+
+def valid_targets(documents_NW: np.ndarray, document_masking: bool) -> np.ndarray:
+    """Which targets count, bool [N, W-1]: with masking those in the same document as the token before."""
+    if document_masking:
+        return documents_NW[:, 1:] == documents_NW[:, :-1]
+    return np.ones((len(documents_NW), documents_NW.shape[1] - 1), bool)
 
 
 class Validator:
@@ -80,9 +86,7 @@ class Validator:
         sharding = batch_sharding(self.mesh)
         for start in range(0, len(tokens_NW), self.rows):
             window_BW, documents_BW = tokens_NW[start : start + self.rows], documents_NW[start : start + self.rows]
-            valid_BT = np.ones((len(window_BW), window_BW.shape[1] - 1), bool)
-            if self.document_masking:
-                valid_BT = documents_BW[:, 1:] == documents_BW[:, :-1]
+            valid_BT = valid_targets(documents_BW, self.document_masking)
             size += int(self.token_bytes_V[window_BW[:, 1:]][valid_BT].sum())
             padding = ((0, self.rows - len(window_BW)), (0, 0))
             window_BW, documents_BW = np.pad(window_BW, padding), np.pad(documents_BW, padding)

@@ -141,10 +141,10 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
             temperature=0.0,
             eos_id=tokenizer.eos_id,
         )
-        for prompt, answer in zip(run.evaluation.prompts, answers, strict=True):
-            tracker.sample(
-                {"step": at, "tokens": plan.tokens_at(at), "prompt": prompt, "text": tokenizer.decode(answer)}
-            )
+        for prompt, ids, answer in zip(run.evaluation.prompts, prompts, answers, strict=True):
+            # Decoded together: a continuation decoded alone loses the space that it may begin with.
+            text = tokenizer.decode(ids + answer).removeprefix(prompt)
+            tracker.sample({"step": at, "tokens": plan.tokens_at(at), "prompt": prompt, "text": text})
 
     def save(at: int, *, permanent: bool, blocking: bool) -> None:
         tracker.sync()  # the lines up to this step are on disk before the checkpoint that vouches for them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -81,8 +82,9 @@ def fork_checkpoint(run: Run, store: TokenStore) -> tuple[Path, dict]:
         raise CheckpointError(f"fork.run={run.fork.run}: no run with checkpoints there; set --set fork.run=DIR")
     found = {}
     for path in sorted(p for p in folder.iterdir() if p.name.isdigit()):
-        meta = checkpoint.read_meta(path)
-        found[meta["tokens"]] = (path, meta)
+        with contextlib.suppress(CheckpointError):  # a damaged one is as good as none
+            meta = checkpoint.read_meta(path)
+            found[meta["tokens"]] = (path, meta)
     if run.fork.tokens not in found:
         raise CheckpointError(
             f"{run.fork.run} has no checkpoint at fork.tokens={run.fork.tokens}; it has "
@@ -102,10 +104,9 @@ def is_finished(
     run: Run, plan: Plan, store: TokenStore, checkpoints: Checkpoints, *, allow_config_change: bool
 ) -> bool:
     """Whether the newest checkpoint is the plan's end; raises ConfigError if it is of another configuration."""
-    existing = checkpoints.steps()
-    if not existing:
+    meta = checkpoints.peek()
+    if meta is None:
         return False
-    meta = checkpoint.read_meta(checkpoints.path(existing[-1]))
     check_resume(run, meta, store, allow_config_change=allow_config_change)
     return meta["tokens"] == plan.total_tokens
 

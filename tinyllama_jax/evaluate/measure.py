@@ -1,0 +1,126 @@
+"""Loss and bits per byte of a run or checkpoint: on its own held-out text, on a corpus, beside n-gram baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tinyllama_jax import configio
+from tinyllama_jax.config import ConfigError, DataError, Execution, Mesh, Run
+from tinyllama_jax.data.order import Order
+from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.evaluate import ngram
+from tinyllama_jax.evaluate.corpus import text_windows
+from tinyllama_jax.evaluate.loss import Validator, Windows, held_out, valid_targets
+from tinyllama_jax.generate.load import Loaded, load
+from tinyllama_jax.schedules import Plan
+from tinyllama_jax.sharding import make_mesh
+from tinyllama_jax.train.start import write_json
+
+COUNTED_TOKENS = 500_000_000  # n-grams are counted in memory on one core; beyond this they say little anyway
+
+
+def measure(
+    checkpoint: str,
+    *,
+    corpus: Sequence[str] = (),
+    sequences: int = 0,
+    sequence_tokens: int = 0,
+    baselines: bool = False,
+    dtype: str = "float32",
+) -> dict:
+    """{checkpoint, step, tokens, sequence_tokens, domains: {name: {loss, bits_per_byte, tokens, bytes}}}.
+
+    corpus: text sources or token stores instead of the run's own held-out text.  sequences: windows per domain (0 =
+    all); sequence_tokens: their length (0 = the run's).  baselines: also unigram and bigram models fitted on the
+    tokens that the run saw, kept in the run directory for its report.
+    Raises ConfigError, DataError or CheckpointError for what does not exist or does not fit together.
+    """
+    mesh = make_mesh(Mesh())
+    with jax.set_mesh(mesh):
+        loaded = load(checkpoint, mesh, dtype=dtype)
+        run = configio.from_dict(Run, loaded.meta["config"]) if "config" in loaded.meta else None
+        masking = run.data.document_masking if run else False
+        length = sequence_tokens or (run.data.sequence_tokens if run else loaded.model.context_tokens)
+        if length > loaded.model.context_tokens:
+            raise ConfigError(f"windows of {length} tokens exceed the model's context of {loaded.model.context_tokens}")
+        if baselines and (run is None or corpus):
+            raise ConfigError("--baselines needs a run and its own store: they are fitted on what the run saw")
+        windows, store = _windows(checkpoint, loaded, run, corpus, length + 1, sequences)
+        token_bytes_V = loaded.tokenizer().token_bytes()
+        validator = Validator(
+            windows,
+            token_bytes_V,
+            loaded.model,
+            Execution(),
+            mesh,
+            batch_sequences=8,
+            document_masking=masking,
+        )
+        domains = validator(loaded.params)
+    value = {
+        "checkpoint": str(loaded.path),
+        "step": loaded.meta["step"],
+        "tokens": loaded.meta["tokens"],
+        "sequence_tokens": length,
+        "domains": domains,
+    }
+    if baselines:
+        counted = _baselines(run, store, loaded.meta["step"], windows, token_bytes_V)
+        for domain, kinds in counted["domains"].items():
+            kinds["model"] = {k: domains[domain][k] for k in ("loss", "bits_per_byte")}
+        value["baselines"] = counted
+        if loaded.path.parent.name == "checkpoints":
+            write_json(loaded.path.parent.parent / "baselines.json", counted | {"step": loaded.meta["step"]})
+    return value
+
+
+def _windows(
+    checkpoint: str, loaded: Loaded, run: Run | None, corpus: Sequence[str], window_tokens: int, sequences: int
+) -> tuple[Windows, TokenStore | None]:
+    if not corpus:
+        if run is None:
+            raise ConfigError(f"{checkpoint} is not a run and has no text of its own; name some with --corpus")
+        store = TokenStore.open(loaded.meta["store"]["path"])
+        return held_out(store, window_tokens, sequences), store
+    windows: Windows = {}
+    for source in corpus:
+        if (Path(source) / "manifest.json").is_file():
+            store = TokenStore.open(source)
+            if store.manifest["tokenizer"]["sha256"] != loaded.tokenizer().sha256:
+                raise DataError(f"{source} was made with another tokenizer than that of {loaded.path}")
+            windows |= held_out(store, window_tokens, sequences)
+        else:
+            windows |= text_windows([source], loaded.tokenizer(), loaded.marks, window_tokens, sequences)
+    return windows, None
+
+
+def _baselines(run: Run, store: TokenStore, step: int, windows: Windows, token_bytes_V: np.ndarray) -> dict:
+    """What counting would have reached after `step` steps: n-grams fitted on the very windows of the run."""
+    plan = Plan(run.curriculum, run.data.sequence_tokens)
+    window_tokens, tokens = run.data.sequence_tokens + 1, plan.tokens_at(step)
+    if tokens > COUNTED_TOKENS:
+        raise ConfigError(f"the run saw {tokens} tokens; n-gram baselines are counted for at most {COUNTED_TOKENS}")
+    names = dict.fromkeys(s for stage in plan.stages for s in (*stage.stage.mixture, *stage.ramp_from))
+    splits = {name: store.split("train", name) for name in names}
+    order = Order(plan, {s: split.windows(window_tokens) for s, split in splits.items()}, run.seed, run.data.epochs)
+
+    def seen():
+        for index in range(step):
+            source, ids = order.rows(index)
+            for number, name in enumerate(order.sources):
+                if (source == number).any():
+                    yield splits[name].read(ids[source == number], window_tokens)[0]
+
+    model = ngram.fit(seen(), run.model.vocab_size)
+    masking = run.data.document_masking
+    return {
+        "fitted_on_tokens": tokens,
+        "domains": {
+            domain: model.evaluate(tokens_NW, token_bytes_V, valid=valid_targets(documents_NW, masking))
+            for domain, (tokens_NW, documents_NW) in windows.items()
+        },
+    }
