@@ -11,14 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import sharding
 from tinyllama_jax.config import Model
 from tinyllama_jax.model import init, rope
-
-GATHERED = "gathered_weight"  # name of a gathered weight for the remat policies: gathered again, never kept
 
 # (q_BTHK, k_BTGK, v_BTGK) -> [B, T, H, K]: the caller's attention, with its mask, kernel and cache bound.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -26,19 +23,19 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 def whole(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`weight` in `dtype`, whole on every device."""
-    return checkpoint_name(sharding.gather(weight.astype(dtype)), GATHERED)
+    return sharding.gather(weight.astype(dtype))
 
 
 def linear(x_BT: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     """Contract the axes of x [B, T, ...] after T with the first `inputs` axes of `weight`, gathered in x's dtype.
 
     Rows and tokens are one axis during the product.  It is the same arithmetic, but with two axes to contract in
-    the weight's gradient XLA's CPU backend transposes activations element by element: twice the time of a block.
+    the weight's gradient XLA's CPU backend transposes activations element by element: twice the time of an MLP.
     """
-    rows, (B, T), outputs = sharding.batch_axes(x_BT), x_BT.shape[:2], weight.shape[inputs:]
-    x_NI = jnp.reshape(x_BT, (B * T, -1), out_sharding=P(rows, None))
-    y_NO = x_NI @ whole(weight, x_BT.dtype).reshape(x_NI.shape[1], -1)
-    return jnp.reshape(y_NO, (B, T, *outputs), out_sharding=P(rows, None, *[None] * len(outputs)))
+    rows, (B, T) = sharding.batch_axes(x_BT), x_BT.shape[:2]
+    x_N = jnp.reshape(x_BT, (B * T, *x_BT.shape[2:]), out_sharding=P(rows, *[None] * inputs))
+    y_N = jnp.tensordot(x_N, whole(weight, x_BT.dtype), axes=inputs)
+    return jnp.reshape(y_N, (B, T, *y_N.shape[1:]), out_sharding=P(rows, None, *[None] * (y_N.ndim - 1)))
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:

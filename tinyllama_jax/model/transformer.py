@@ -30,7 +30,7 @@ from tinyllama_jax import attention, sharding
 from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.model import rope
 from tinyllama_jax.model.init import initializers
-from tinyllama_jax.model.layers import GATHERED, Block, dropout, rms_norm, whole
+from tinyllama_jax.model.layers import Block, dropout, rms_norm, whole
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]  # {"k", "v"}: [L, B, S, G, K]
@@ -66,11 +66,11 @@ def _embed(params: Params, tokens_BT: jax.Array, cfg: Model) -> jax.Array:
     return x_BTD.astype(cfg.compute_dtype)
 
 
-def _remat(body: Callable, kind: str) -> Callable:
+def _remat(body: Callable, kind: str, prevent_cse: bool) -> Callable:
     """`body` under a policy that says which of its values the backward pass keeps; the rest it computes again."""
     dots = policies.dots_with_no_batch_dims_saveable  # products with weights, not attention scores
     policy = {
-        "none": policies.save_anything_except_these_names(GATHERED),
+        "none": lambda primitive, *_, **__: primitive.name != "reshard",  # everything but gathered weights
         "full": policies.nothing_saveable,
         "save_dots": dots,
         "save_dots_and_attention": policies.save_from_both_policies(
@@ -81,7 +81,7 @@ def _remat(body: Callable, kind: str) -> Callable:
     # device.  On one device there is nothing to gather.
     if kind == "none" and jax.sharding.get_abstract_mesh().size == 1:
         return body
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)
 
 
 def hidden(
@@ -110,7 +110,8 @@ def hidden(
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         return nnx.merge(graphdef, layer)(x_BTD, cos, sin, attend, key), None
 
-    body = _remat(body, execution.remat)
+    # A loop's body cannot be merged with its own recomputation; unrolled layers can, which would undo the policy.
+    body = _remat(body, execution.remat, prevent_cse=not execution.scan_layers)
     x_BTD = _embed(params, tokens_BT, cfg)
     if dropout_key is not None:
         x_BTD = dropout(x_BTD, cfg.dropout, jax.random.fold_in(dropout_key, cfg.layers))
