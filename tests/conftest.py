@@ -50,3 +50,15 @@ def small_store(tmp_path_factory) -> Path:
             (folder / "code" / f"{module.__name__}_{number}.py").write_text(source[start : start + 8000])
     recipe = Recipe(sources=(f"prose={folder}/prose", f"code={folder}/code"), vocab_size=512, validation_share=0.1)
     return prepare(recipe, folder / "store")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, small_store) -> Path:
+    """The run directory of a finished quick run; tests leave it as it is."""
+    from quick_experiment import quick_command
+
+    from tinyllama_jax.cli import main
+
+    workdir = tmp_path_factory.mktemp("run") / "finished"
+    assert main(quick_command(small_store, workdir)) == 0
+    return workdir

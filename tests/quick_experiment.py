@@ -1,5 +1,7 @@
 """A run of 24 steps that takes seconds, for tests; also a user's own module outside `experiments`."""
 
+from pathlib import Path
+
 from tinyllama_jax.config import (
     Checkpoint,
     Data,
@@ -11,6 +13,18 @@ from tinyllama_jax.config import (
 )
 
 BATCH = 4 * 32
+
+
+def quick_command(store, workdir, *settings) -> list[str]:
+    """`train` with this experiment, in batches of eight rows: tests have eight devices."""
+    settings = (
+        f"data.store={store}",
+        "curriculum.basic.batch_tokens=256",
+        "curriculum.continual.batch_tokens=256",
+        *settings,
+    )
+    argv = ["train", "quick_experiment:quick", "--experiment-path", str(Path(__file__).parent)]
+    return [*argv, "--workdir", str(workdir), *(word for s in settings for word in ("--set", s))]
 
 
 def quick() -> Run:

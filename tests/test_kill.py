@@ -73,13 +73,15 @@ def uninterrupted(tmp_path_factory, store):
     return workdir
 
 
-def kill_when(process, condition, what, seconds=120):
-    """SIGKILL as soon as `condition()` holds."""
+def kill_when(process, condition, what, seconds=120, delay=0.0):
+    """SIGKILL `delay` seconds after `condition()` begins to hold."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended with {process.returncode} before {what}: {process.stderr.read()}"
         assert time.monotonic() < end, f"{what} did not happen"
         time.sleep(0.002)
+    time.sleep(delay)
+    assert process.poll() is None, f"ended by itself after {what}"
     process.send_signal(signal.SIGKILL)
     process.wait()
 
@@ -104,24 +106,23 @@ def test_five_kills_leave_no_trace(uninterrupted, store, tmp_path):
     # Four kills at random moments spread over the run: before the batch change and after it.
     for quarter in range(4):
         low = max(2, quarter * total // 4)
-        step = chance.randrange(low, (quarter + 1) * total // 4 - 2)
-        delay = chance.random() * 0.2
+        step = chance.randrange(low, (quarter + 1) * total // 4 - 5)
 
         def reached(step=step):
             return metrics.exists() and metrics.read_bytes().count(b"\n") >= step
 
         process = start(workdir, store)
-        kill_when(process, reached, f"step {step}")
-        time.sleep(delay)
+        kill_when(process, reached, f"step {step}", delay=chance.random() * 0.1)
     # The fifth between the temporary write and the commit.
     checkpoints = workdir / "checkpoints"
     before = {p.name for p in checkpoints.iterdir() if p.name.isdigit()}
+    starts = sum(e["kind"] == "start" for e in lines_so_far(workdir / "events.jsonl"))
     process = start(workdir, store, program=("-c", HELD_BEFORE_COMMIT))
 
     def written():
         events = lines_so_far(workdir / "events.jsonl")
-        last_start = max(i for i, e in enumerate(events) if e["kind"] == "start")
-        return any(e["kind"] == "checkpoint_written" for e in events[last_start:])
+        places = [i for i, e in enumerate(events) if e["kind"] == "start"]
+        return len(places) > starts and any(e["kind"] == "checkpoint_written" for e in events[places[-1] :])
 
     kill_when(process, written, "a checkpoint written but not committed")
     left = [p for p in checkpoints.iterdir() if ".tmp-" in p.name]

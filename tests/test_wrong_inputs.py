@@ -9,25 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick_experiment import quick_command as quick
 
 from tinyllama_jax.cli import main
-
-TESTS = Path(__file__).parent
-QUICK = ["quick_experiment:quick", "--experiment-path", str(TESTS), "--set", "mesh.data=-1"]
-
-
-@pytest.fixture(scope="session")
-def one_device():
-    """Every device counts in this process; rows are divided by eight, so the quick run uses batches of eight."""
-    return ["--set", "curriculum.basic.batch_tokens=256", "--set", "curriculum.continual.batch_tokens=256"]
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory, small_store, one_device):
-    """A finished quick run."""
-    workdir = tmp_path_factory.mktemp("run") / "finished"
-    assert main(["train", *QUICK, *one_device, "--workdir", str(workdir), "--set", f"data.store={small_store}"]) == 0
-    return workdir
 
 
 def files_of(path: Path) -> dict:
@@ -108,12 +92,6 @@ def test_corpora_that_cannot_be_prepared(capsys, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def quick(small_store, workdir, *settings):
-    argv = ["train", *QUICK, "--workdir", workdir, "--set", f"data.store={small_store}"]
-    argv += ["--set", "curriculum.basic.batch_tokens=256", "--set", "curriculum.continual.batch_tokens=256"]
-    return argv + [word for s in settings for word in ("--set", s)]
-
-
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -187,7 +165,7 @@ def test_an_existing_store_of_another_recipe_is_not_overwritten(capsys, small_st
     assert files_of(small_store) == before
 
 
-def test_resuming_under_another_configuration_is_refused(capsys, finished, small_store, one_device):
+def test_resuming_under_another_configuration_is_refused(capsys, finished, small_store):
     before = files_of(finished)
     fails(capsys, quick(small_store, finished, "lr.peak=0.5"), 78, "lr.peak: 0.01 -> 0.5", "--allow-config-change")
     fails(capsys, quick(small_store, finished, "model.d_ff=65"), 78, "model.d_ff")

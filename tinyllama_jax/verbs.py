@@ -323,7 +323,7 @@ def inspect(args: argparse.Namespace) -> None:
         path = checkpoint.resolve(args.what)
         meta = checkpoint.read_meta(path)
         model = model_of(meta)
-        value |= {"checkpoint": str(path)} | {k: v for k, v in meta.items() if k not in ("leaves", "model")}
+        value |= {"checkpoint": str(path)} | {k: v for k, v in meta.items() if k not in ("checkpoint", "model")}
     else:
         hint = configio.nearest(args.what, PRESETS) or f" (presets: {', '.join(PRESETS)})"
         raise ConfigError(f"{args.what!r} is no preset, experiment, run or checkpoint{hint}")
