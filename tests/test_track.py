@@ -1,6 +1,7 @@
 import json
 import math
 import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from quick_experiment import quick
 
 from tinyllama_jax import config
 from tinyllama_jax.schedules import Plan
@@ -174,3 +176,29 @@ def test_a_full_disk_is_one_line_and_the_incomplete_line_is_dropped_on_resume(tm
         assert [record["step"] for record in read(disk / "metrics.jsonl")] == list(range(1, len(lines)))
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def wandb_run():
+    return config.replace(quick(), tracking=config.Tracking(wandb_project="tests"))
+
+
+def test_wandb_keeps_the_numbers_offline(tmp_path, plan, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = Tracker(tmp_path, wandb_run(), plan, resume_step=0)
+    write_steps(tracker, [1, 2])
+    tracker.close()
+    (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"train/loss" in stored.read_bytes() and b"validation/domains/prose/loss" in stored.read_bytes()
+    page = (tmp_path / "wandb_id").read_text()
+    assert page in stored.name
+    Tracker(tmp_path, wandb_run(), plan, resume_step=1).close()
+    assert (tmp_path / "wandb_id").read_text() == page, "a resumed run continues its page"
+
+
+def test_wandb_fails_soft_with_one_warning(tmp_path, plan, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    tracker = Tracker(tmp_path, wandb_run(), plan, resume_step=0)
+    write_steps(tracker, [1, 2])
+    tracker.close()
+    assert capfd.readouterr().err.count("wandb is off") == 1
+    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [1, 2]

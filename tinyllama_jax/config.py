@@ -298,7 +298,8 @@ class Evaluation:
 class Tracking:
     """metrics.jsonl is always written; these adapters fail soft."""
 
-    tensorboard: bool = False
+    tensorboard: bool = False  # into RUN/tensorboard, over tokens
+    wandb_project: str = ""  # Weights & Biases project; empty = off.  Needs the extra `wandb`
     peak_flops_per_device: float = 0.0  # for MFU; 0 = from the device's name, unknown devices report none
 
 

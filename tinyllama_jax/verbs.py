@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -105,6 +106,8 @@ def demo(args: argparse.Namespace) -> None:
     page = write_report(workdir)
     minutes = (time.monotonic() - started) / 60
     value |= {"report": str(page), "minutes": minutes}
+    script = Path(sys.executable).with_name("tinyllama")  # as it can be typed here, environment active or not
+    program = os.path.relpath(script) if script.exists() else "tinyllama"
     lines = _table(value)
     for line in (workdir / "samples.jsonl").read_text().splitlines()[-len(resolved(args).evaluation.prompts) :]:
         sample = json.loads(line)
@@ -113,9 +116,9 @@ def demo(args: argparse.Namespace) -> None:
         "",
         f"Trained, evaluated and reported in {minutes:.1f} minutes.  Now look at, or try:",
         f"  {page}",
-        f'  tinyllama generate {workdir} --prompt "def main(" --max-new-tokens 64',
-        f"  tinyllama inspect {workdir}",
-        f"  tinyllama export hf {workdir} --out {workdir}/hf",
+        f'  {program} generate {workdir} --prompt "def main(" --max-new-tokens 64',
+        f"  {program} inspect {workdir}",
+        f"  {program} export hf {workdir} --out {workdir}/hf",
     ]
     answer(args, value, lines)
 

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: JSON lines, progress on stderr, TensorBoard if asked for.
+"""What a run leaves to be read: JSON lines, progress on stderr, TensorBoard and Weights & Biases if asked for.
 
     metrics.jsonl      one line per step: step, tokens, loss, ...; whatever the clock decides is under `timing`
     validation.jsonl   one line per validation
@@ -16,14 +16,17 @@ import datetime
 import json
 import math
 import os
+import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from tinyllama_jax.config import ConfigError, Run
+from tinyllama_jax.configio import to_dict
 from tinyllama_jax.schedules import Plan
 
 PLAIN_SECONDS = 10.0  # between progress lines when stderr is not a terminal
@@ -42,24 +45,26 @@ class Tracker:
         self._samples = _Lines(run_dir / "samples.jsonl")
         self._events = _Lines(run_dir / "events.jsonl")
         self._progress = _Progress(plan, resume_step)
-        self._tensorboard = None
+        self._adapters: list[_Adapter] = []
         if run.tracking.tensorboard:
-            self._tensorboard = _TensorBoard(run_dir / "tensorboard", plan.tokens_at(resume_step))
+            self._adapters.append(_TensorBoard(run_dir / "tensorboard", plan.tokens_at(resume_step)))
+        if run.tracking.wandb_project:
+            self._adapters.append(_WandB(run_dir, run))
 
     def step(self, record: dict) -> None:
         """record: `step` and `tokens` count what is done; `loss`, `stage` and `timing.tokens_per_s` are shown."""
         self._metrics.write(record)
         self._progress.step(record)
-        if self._tensorboard:
-            self._tensorboard.scalars("train", record)
+        for adapter in self._adapters:
+            adapter.scalars("train", record)
 
     def validation(self, record: dict) -> None:
         self._validation.write(record)
         losses = {name: found["loss"] for name, found in record.get("domains", {}).items() if "loss" in found}
         shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self._progress.line(f"step {record['step']}  validation  {shown}")
-        if self._tensorboard:
-            self._tensorboard.scalars("validation", record)
+        for adapter in self._adapters:
+            adapter.scalars("validation", record)
 
     def sample(self, record: dict) -> None:
         self._samples.write(record)
@@ -75,8 +80,8 @@ class Tracker:
 
     def close(self) -> None:
         self._progress.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        for adapter in self._adapters:
+            adapter.close()
         for lines in (self._metrics, self._validation, self._samples, self._events):
             lines.close()
 
@@ -201,39 +206,77 @@ class _Progress:
             self._bar.close()
 
 
-class _TensorBoard:
-    """Scalars over tokens.  The first failure ends it with one warning; training goes on."""
+class _Adapter:
+    """A view of the records elsewhere.  Its first failure ends it with one warning; training goes on."""
 
-    def __init__(self, directory: Path, tokens: int):
-        self._writer = None
-        try:
-            from tensorboardX import SummaryWriter
+    name = ""
 
-            # purge_step: what a killed run wrote beyond its checkpoint is not shown
-            self._writer = SummaryWriter(str(directory), purge_step=tokens + 1)
-        except Exception as error:  # a tracker must not stop a run
-            self._give_up(error)
+    def __init__(self, *arguments):
+        self._on = True
+        self._try(self.open, *arguments)
 
     def scalars(self, prefix: str, record: dict) -> None:
-        if self._writer is None:
-            return
-        try:
-            for name, value in _flat(prefix, record):
-                self._writer.add_scalar(name, value, record["tokens"])
-        except Exception as error:  # a tracker must not stop a run
-            self._give_up(error)
+        self._try(self.write, {name: value for name, value in _flat(prefix, record)}, record)
 
     def close(self) -> None:
-        if self._writer is None:
+        self._try(self.finish)
+        self._on = False
+
+    def _try(self, function: Callable, *arguments) -> None:
+        if not self._on:
             return
         try:
-            self._writer.close()
-        except Exception as error:  # a tracker must not stop a run
-            self._give_up(error)
+            function(*arguments)
+        except Exception as error:  # whatever it is: a tracker must not stop a run
+            self._on = False
+            print(f"{self.name} is off: {' '.join(str(error).split())[:200]}; metrics.jsonl goes on", file=sys.stderr)
 
-    def _give_up(self, error: Exception) -> None:
-        self._writer = None
-        print(f"TensorBoard is off: {' '.join(str(error).split())[:200]}; metrics.jsonl goes on", file=sys.stderr)
+
+class _TensorBoard(_Adapter):
+    """Scalars over tokens."""
+
+    name = "TensorBoard"
+
+    def open(self, directory: Path, tokens: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        # purge_step: what a killed run wrote beyond its checkpoint is not shown
+        self._writer = SummaryWriter(str(directory), purge_step=tokens + 1)
+
+    def write(self, scalars: dict[str, float], record: dict) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, record["tokens"])
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class _WandB(_Adapter):
+    """Weights & Biases; WANDB_MODE=offline keeps everything on this machine.  A resumed run continues its own page."""
+
+    name = "wandb"
+
+    def open(self, run_dir: Path, run: Run) -> None:
+        import wandb
+
+        mark = run_dir / "wandb_id"
+        if not mark.exists():
+            mark.write_text(secrets.token_hex(4))
+        self._run = wandb.init(
+            project=run.tracking.wandb_project,
+            dir=run_dir,
+            name=run.name,
+            id=mark.read_text(),
+            resume="allow",
+            config=to_dict(run),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def write(self, scalars: dict[str, float], record: dict) -> None:
+        self._run.log({**scalars, "tokens": record["tokens"]}, step=record["step"])
+
+    def finish(self) -> None:
+        self._run.finish()
 
 
 def _flat(prefix: str, record: dict):
