@@ -102,6 +102,6 @@ def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
 
 
 def test_too_little_space_is_said_before_training(tmp_path):
-    with pytest.raises(ConfigError, match="GiB free, 1048576.0 GiB needed"):
-        with health.claim(tmp_path, need_bytes=2**50):
-            pass
+    health.check_space(tmp_path, 1)
+    with pytest.raises(ConfigError, match="MiB free, but two checkpoints need 1,073,741,824.0 MiB"):
+        health.check_space(tmp_path, 2**50)

@@ -262,9 +262,24 @@ def test_places_that_cannot_be_written(capsys, small_store, tmp_path):
 def tiny_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)], check=True)
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_with_too_little_room_is_refused_before_training(capsys, small_store, tiny_disk):
+    fails(capsys, quick(small_store, tiny_disk / "run", "model.d_ff=2048"), 78, "MiB free", "two checkpoints need")
+    assert not (tiny_disk / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_diverges_stops_and_says_where(capsys, small_store, tmp_path):
+    wild = ["lr.peak=1e30", "lr.end=0", "lr.warmup_tokens=0", "optimizer.max_skips=3"]
+    capsys.readouterr()
+    assert main(quick(small_store, tmp_path / "run", *wild)) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tinyllama")]
+    assert len(said) == 1 and "diverged: the last 3 steps" in said[0] and "lr.peak" in said[0]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["skipped"] for r in records[-3:]] == [1, 1, 1] and records[-1]["grad_norm"] is None
 
 
 def test_a_full_disk(capsys, finished, small_store, tiny_disk, tmp_path):

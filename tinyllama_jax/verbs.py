@@ -275,8 +275,8 @@ def generate(args: argparse.Namespace) -> None:
             on_tokens=stream,
         )
     # Decoded behind the prompt: a continuation decoded alone loses the space that it may begin with.
-    texts = tokenizer and [
-        tokenizer.decode(prompt + ids).removeprefix(tokenizer.decode(prompt))
+    texts = [
+        tokenizer.decode(prompt + ids).removeprefix(tokenizer.decode(prompt)) if tokenizer else None
         for prompt, ids in zip(prompts, answers, strict=True)
     ]
     if args.json:
@@ -286,7 +286,7 @@ def generate(args: argparse.Namespace) -> None:
     else:
         shown = args.prompt if rows is None else [""] * len(prompts)
         for i, row in enumerate(answers):
-            print(f"[{i}] {shown[i]}{texts[i]}" if texts else f"[{i}] {row}")
+            print(f"[{i}] {shown[i]}{texts[i]}" if tokenizer else f"[{i}] {row}")
 
 
 class _Stream:

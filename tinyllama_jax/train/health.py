@@ -66,12 +66,22 @@ def check_skips(consecutive: float, max_skips: int, step: int) -> None:
         )
 
 
+def check_space(workdir: str | Path, need_bytes: int) -> None:
+    """Raises ConfigError when the run directory's disk has less room than that: better now than at the first save."""
+    free = shutil.disk_usage(workdir).free
+    if free < need_bytes:
+        raise ConfigError(
+            f"run directory {workdir}: {free / 2**20:,.1f} MiB free, but two checkpoints need "
+            f"{need_bytes / 2**20:,.1f} MiB; free some space or name another"
+        )
+
+
 @contextlib.contextmanager
-def claim(workdir: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
+def claim(workdir: str | Path) -> Iterator[Path]:
     """Makes the run directory and holds it for this process alone.
 
-    need_bytes: space that must be free on its disk.  ConfigError when the place cannot be written to, a file is in the
-    way, the disk is too full, or another process trains there.  The lock ends with the process, however it ends.
+    ConfigError when the place cannot be written to, a file is in the way, or another process trains there.  The lock
+    ends with the process, however it ends.
     """
     workdir = Path(workdir)
     try:
@@ -92,12 +102,6 @@ def claim(workdir: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
             ) from error
         except OSError as error:  # some network file systems have no locks
             print(f"run directory {workdir}: not locked ({error.strerror})", file=sys.stderr)
-        free = shutil.disk_usage(workdir).free
-        if free < need_bytes:
-            raise ConfigError(
-                f"run directory {workdir}: {free / 2**30:.1f} GiB free, {need_bytes / 2**30:.1f} GiB needed; "
-                "free some space or name another"
-            )
         try:
             lock.truncate(0)
             lock.write(f"{os.getpid()}\n")

@@ -60,6 +60,8 @@ def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change:
         )
         mesh = make_mesh(run.mesh)
         step.check_batches(run, plan, mesh)
+        # Weights and two moments in float32; a new checkpoint is complete before the one it replaces is removed.
+        health.check_space(workdir, 2 * 3 * 4 * flops.parameter_counts(run.model)["total"])
         with jax.set_mesh(mesh):
             target = train_state.abstract(run, mesh)
             done, state, how = start.begin(

@@ -170,7 +170,7 @@ def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> 
 
 def store_identity(store: TokenStore) -> dict:
     return {
-        "path": str(store.path),
+        "path": str(store.path.resolve()),  # found again from any directory
         "manifest_sha256": store.manifest_sha256,
         "tokenizer_sha256": store.manifest["tokenizer"]["sha256"],
     }
