@@ -14,9 +14,9 @@ from tinyllama_jax.config import (
 
 PROMPTS = (
     "Return a new",
-    "The following",
+    "If the argument",
     "def __init__(self",
-    "import os\n",
+    "class Error(Exception):",
 )
 
 

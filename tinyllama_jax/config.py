@@ -284,14 +284,18 @@ class Evaluation:
     every_tokens: int = 0  # validation each time another multiple is passed, and at the end; 0 = stage ends only
     sequences: int = 64  # validation windows per domain; 0 = all
     batch_sequences: int = 8
-    prompts: tuple[str, ...] = ()  # continued greedily at each stage's end, for the report
+    prompts: tuple[str, ...] = ()  # continued at each stage's end, for the report
     sample_tokens: int = 64
+    sample_temperature: float = 0.7  # 0 = greedy
+    sample_top_p: float = 0.9
 
     def __post_init__(self):
         for name in ("every_tokens", "sequences"):
             _require(getattr(self, name) >= 0, f"evaluation.{name} is negative")
         for name in ("batch_sequences", "sample_tokens"):
             _require(getattr(self, name) > 0, f"evaluation.{name} must be positive")
+        _require(self.sample_temperature >= 0, "evaluation.sample_temperature is negative")
+        _require(0 < self.sample_top_p <= 1, "evaluation.sample_top_p must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,9 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
             Execution(),
             prompts,
             max_new_tokens=min(run.evaluation.sample_tokens, room),
-            temperature=0.0,
+            temperature=run.evaluation.sample_temperature,
+            top_p=run.evaluation.sample_top_p,
+            seed=run.seed,
             eos_id=tokenizer.eos_id,
         )
         for prompt, ids, answer in zip(run.evaluation.prompts, prompts, answers, strict=True):
