@@ -262,7 +262,8 @@ def test_places_that_cannot_be_written(capsys, small_store, tmp_path):
 def tiny_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)], check=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 

@@ -109,9 +109,10 @@ def demo(args: argparse.Namespace) -> None:
     script = Path(sys.executable).with_name("tinyllama")  # as it can be typed here, environment active or not
     program = os.path.relpath(script) if script.exists() else "tinyllama"
     lines = _table(value)
-    for line in (workdir / "samples.jsonl").read_text().splitlines()[-len(resolved(args).evaluation.prompts) :]:
-        sample = json.loads(line)
-        lines += ["", f"-- {sample['prompt']!r} goes on:", sample["prompt"] + sample["text"]]
+    last = value["step"]
+    for sample in map(json.loads, (workdir / "samples.jsonl").read_text().splitlines()):
+        if sample["step"] == last:
+            lines += ["", f"-- {sample['prompt']!r} goes on:", sample["prompt"] + sample["text"]]
     lines += [
         "",
         f"Trained, evaluated and reported in {minutes:.1f} minutes.  Now look at, or try:",
