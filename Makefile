@@ -8,7 +8,9 @@ VENV ?= .venv
 # test processes; each simulates eight devices
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install -qq --disable-pip-version-check
+FULL := $(VENV)/full/bin/python
+PIP := -m pip install -qq --disable-pip-version-check
+PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # The first of these that is Python 3.11 or newer; `make PYTHON=/path/to/python3` chooses another.
 PYTHON ?= python3 python3.13 python3.12 python3.11
@@ -35,18 +37,22 @@ $(VENV)/.made:
 
 $(VENV)/.run: requirements.txt pyproject.toml $(VENV)/.made
 	@echo "installing requirements.txt into $(VENV)" >&2
-	@$(PIP) -r requirements.txt
-	@$(PIP) --no-deps -e .
+	@$(RUN) $(PIP) -r requirements.txt
+	@$(RUN) $(PIP) --no-deps -e .
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	@echo "installing requirements-dev.txt into $(VENV)" >&2
-	@$(PIP) -r requirements-dev.txt
+	@$(RUN) $(PIP) -r requirements-dev.txt
 	@touch $@
 
+# On top of the first and apart from it: a JAX program that finds the device compilers looks for the devices too, and
+# complains when there are none.
 $(VENV)/.full: $(VENV)/.dev
-	@echo "installing the extra parity into $(VENV)" >&2
-	@$(PIP) -e '.[parity]'
+	@echo "installing the extras parity and preflight into $(VENV)/full" >&2
+	@$(RUN) -m venv --clear --without-pip $(VENV)/full
+	@$(RUN) -c $(PACKAGES) >"$$($(FULL) -c $(PACKAGES))/base.pth"
+	@$(FULL) $(PIP) -e '.[parity,preflight]'
 	@touch $@
 
 demo: $(VENV)/.run
@@ -56,7 +62,7 @@ test: $(VENV)/.dev
 	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 300 $(TESTS)
 
 test-full: $(VENV)/.full
-	@$(RUN) -m pytest -q -m "parity or aot or slurm" --timeout 900 $(TESTS)
+	@$(FULL) -m pytest -q -m "parity or aot or slurm" --timeout 900 $(TESTS)
 
 lint: $(VENV)/.dev
 	@$(RUN) -m ruff check .

@@ -24,7 +24,8 @@ def keys(seed: int) -> tuple[jax.Array, jax.Array]:
 
 def abstract(run: Run, mesh: Mesh) -> State:
     """The state's shapes, dtypes and shardings on `mesh`; allocates nothing.  Call under `jax.set_mesh(mesh)`."""
-    shapes = jax.eval_shape(lambda key: transformer.init(run.model, key), keys(0)[0])
+    # The key is made inside: outside it would be computed on a device, which a mesh to compile for need not have.
+    shapes = jax.eval_shape(lambda: transformer.init(run.model, keys(0)[0]))
     params = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,

@@ -95,8 +95,9 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
 
             def body(total, xs):
                 micro, index = xs
-                # Without the barrier XLA's TPU compiler fails to move the gradients' all-reduce out of the loop
-                # (RET_CHECK in while_loop_all_reduce_code_motion); on other devices it costs nothing.
+                # The barrier keeps XLA's TPU compiler from moving the gradients' all-reduce out of the loop, where
+                # it has ended in an internal error (RET_CHECK in while_loop_all_reduce_code_motion) when a cast lay
+                # between reduction and sum; on other devices it does nothing.
                 loss, grads = jax.lax.optimization_barrier(one(micro, index))
                 return jax.tree.map(jnp.add, total, (loss, grads)), None
 
