@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick_experiment import quick_command
 
 from tinyllama_jax.cli import build_parser, main
 
@@ -133,6 +134,17 @@ def test_a_report_of_a_run(finished, tmp_path, capsys):
     shutil.copytree(finished, copy)
     page = Path(answer(capsys, "report", copy, "--compare", finished, "--json")["report"])
     assert page == copy / "report.html" and "http://" not in page.read_text().replace("http://www.w3.org", "")
+
+
+def test_a_run_directory_may_be_relative(small_store, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(quick_command(small_store, "runs/relative")) == 0
+    assert answer(capsys, "inspect", "runs/relative", "--json")["step"] == 16
+    assert "runs/relative" in answer(capsys, "report", "runs/relative", "--json")["report"]
+    assert main(["generate", "runs/relative@8", "--prompt", "The", "--max-new-tokens", "2"]) == 0
+    assert main(["export", "hf", "runs/relative", "--out", "hf"]) == 0
+    assert main(["import", "hf", "hf", "--out", "ckpt"]) == 0
+    assert main(["inspect", "ckpt"]) == 0
 
 
 @pytest.mark.slow
