@@ -1,77 +1,91 @@
 """Peak memory of import and export, each measured in a process of its own.
 
-TINYLLAMA_FULL_SIZE=1 python -m pytest -s tests/test_hf_memory.py      # with 1.1B parameters too
+`make proof-hf-memory` does the same with 1.1B parameters.
 """
 
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import pytest
 
+from tinyllama_jax import flops
 from tinyllama_jax.config import Model
 from tinyllama_jax.model import transformer
 
-# Prints the peak resident bytes of a process that does nothing else but the export or the import.
-MEMORY = """
-    import resource, sys, time
+ROOT = Path(__file__).parent.parent
+M157 = Model(vocab_size=32000, d_model=1024, layers=8, heads=16, kv_heads=4, head_dim=64, d_ff=2816)
+MODEL = 4 * flops.parameter_counts(M157)["total"]
+TABLE = 4 * M157.vocab_size * M157.d_model  # the embedding, or the head: the largest arrays
+LAYER = (MODEL - 2 * TABLE) / M157.layers
+PYTHON, JAX = 0.3e9, 0.45e9  # an interpreter with NumPy, and one with JAX and Orbax
+
+WRITE = """
+    import sys
     import numpy as np
-    from tinyllama_jax.config import Model
-    from tinyllama_jax.interop.hf import WEIGHTS, read_hf, write_hf
-    assert "jax" not in sys.modules
-    model = Model({fields})
+    from tinyllama_jax.config import Model, Rope
+    from tinyllama_jax.interop.hf import WEIGHTS, write_hf
+    model = {model}
     sizes = dict(V=model.vocab_size, D=model.d_model, F=model.d_ff, H=model.heads, G=model.kv_heads, K=model.head_dim)
-    started = time.perf_counter()
-    if {export}:
-        rng, params = np.random.default_rng(0), {{}}
-        for path, _, _, axes in WEIGHTS:  # every layer the same: the model itself takes no memory
-            array = rng.standard_normal([sizes[a] for a in axes], np.float32)
-            stacked = path[0] == "layers"
-            node = params
-            for key in path[:-1]:
-                node = node.setdefault(key, {{}})
-            node[path[-1]] = np.broadcast_to(array, (model.layers, *array.shape)) if stacked else array
-        write_hf(params, model, {directory!r}, dtype={dtype!r})
-    else:
-        back, params = read_hf({directory!r})
-        assert back == model
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(peak, time.perf_counter() - started)
+    rng, params = np.random.default_rng(0), {{}}
+    for path, _, _, axes in WEIGHTS:  # every layer the same: the model itself takes no memory
+        array = rng.standard_normal([sizes[a] for a in axes], np.float32)
+        stacked = path[0] == "layers"
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {{}})
+        node[path[-1]] = np.broadcast_to(array, (model.layers, *array.shape)) if stacked else array
+    write_hf(params, model, "hf", dtype="bfloat16")
+    assert "jax" not in sys.modules
+"""
+READ = """
+    import sys
+    from tinyllama_jax.config import Model, Rope
+    from tinyllama_jax.interop.hf import read_hf
+    model, params = read_hf("hf")
+    assert model == {model}
+    assert "jax" not in sys.modules
+"""
+COMMAND = """
+    from tinyllama_jax.cli import main
+    assert main({arguments}) == 0
+"""
+# Not getrusage: its maximum begins with that of the process which started this one.
+PEAK = """
+    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
 """
 
-M150 = {"vocab_size": 32000, "d_model": 1024, "layers": 8, "heads": 16, "kv_heads": 4, "head_dim": 64, "d_ff": 2816}
-FULL = os.environ.get("TINYLLAMA_FULL_SIZE")
-full_size = pytest.mark.skipif(not FULL, reason="TINYLLAMA_FULL_SIZE=1 imports 1.1B parameters: 7 GB of disk, 6 GB RAM")
-M1100 = {"vocab_size": 32000, "d_model": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "head_dim": 64, "d_ff": 5632}
+
+def peak(code: str, directory: Path) -> int:
+    """Peak resident bytes of a process that runs `code` and nothing else."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}  # one device
+    command = [sys.executable, "-c", textwrap.dedent(code) + textwrap.dedent(PEAK)]
+    result = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.split()[-1]) * 1024
 
 
-@pytest.mark.parametrize(
-    "fields, dtype",
-    [
-        pytest.param(M150, "bfloat16", id="157M"),
-        pytest.param(M1100, "bfloat16", id="1.1B-bfloat16", marks=full_size),
-        pytest.param(M1100, "float32", id="1.1B-float32", marks=full_size),
-    ],
-)
-def test_import_peaks_below_twice_the_model(fields, dtype, tmp_path):
-    directory = str(tmp_path / "hf")
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """Where `hf` is a model of 157M parameters; writing it held its two tables, and a tensor beside them."""
+    shapes = jax.eval_shape(lambda: transformer.init(M157, jax.random.key(0)))
+    assert MODEL == 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    path = tmp_path_factory.mktemp("memory")
+    assert peak(WRITE.format(model=M157), path) < PYTHON + 4 * TABLE + LAYER
+    return path
 
-    def peak(export):
-        arguments = ", ".join(f"{key}={value}" for key, value in fields.items())
-        code = textwrap.dedent(MEMORY).format(fields=arguments, export=export, directory=directory, dtype=dtype)
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        memory, seconds = map(float, result.stdout.split())
-        print(f"{'export' if export else 'import'}: peak {memory / 1e9:.2f} GB in {seconds:.1f} s")
-        return memory
 
-    model = Model(**fields)
-    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    model_bytes = 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    tables = 4 * 2 * model.vocab_size * model.d_model  # embedding and head, which the exporting process holds
-    layer = (model_bytes - tables) / model.layers
-    print(f"model {model_bytes / 1e9:.2f} GB")
-    assert peak(export=True) < 0.3e9 + 2 * tables + layer
-    assert peak(export=False) < min(2 * model_bytes, 0.3e9 + model_bytes + tables / 2)
+def test_reading_holds_the_model_and_a_tensor(directory):
+    assert peak(READ.format(model=M157), directory) < PYTHON + MODEL + TABLE
+
+
+def test_the_commands_hold_the_model_and_a_few_arrays(directory):
+    importing = COMMAND.format(arguments=["import", "hf", "hf", "--out", "checkpoint"])
+    assert peak(importing, directory) < JAX + MODEL + TABLE
+    exporting = COMMAND.format(arguments=["export", "hf", "checkpoint", "--out", "back", "--dtype", "bfloat16"])
+    assert peak(exporting, directory) < JAX + MODEL + 3 * TABLE
+    there, back = (directory / name / "model.safetensors" for name in ("hf", "back"))
+    assert there.read_bytes() == back.read_bytes()

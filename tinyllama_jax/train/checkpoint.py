@@ -210,7 +210,8 @@ def save_params(path: str | Path, params, meta: dict, tokenizer_files: Iterable[
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files = [Path(f) for f in tokenizer_files]
-        _write(path, int(meta.get("step", 0)), {"params": _host_copy(params)}, meta, True, files, lambda: None)
+        host = {name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(params).items()}
+        _write(path, int(meta.get("step", 0)), {"params": host}, meta, True, files, lambda: None)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: checkpoint could not be written: {durable.one_line(error)}") from error
     return path
@@ -277,7 +278,8 @@ def _write(final: Path, step, host, meta, permanent, tokenizer_files, before_com
         for item, arrays in host.items():
             stored = {name: array for name, array in arrays.items() if array.size}  # orbax refuses empty arrays
             if stored:
-                ocp.save(temporary / item, stored)
+                with _orbax(stored):
+                    ocp.save((temporary / item).absolute(), stored)
         for source in tokenizer_files:
             (temporary / "tokenizer").mkdir(exist_ok=True)
             shutil.copyfile(source, temporary / "tokenizer" / source.name)
@@ -298,6 +300,19 @@ def _write(final: Path, step, host, meta, permanent, tokenizer_files, before_com
         raise
 
 
+def _orbax(arrays: dict[str, np.ndarray]) -> ocp.Context:
+    """Settings under which saving needs no memory, and loading two arrays at most, beside `arrays` themselves.
+
+    By default orbax copies all of them before it compresses all of them, and reads each into a buffer of its own.
+    Compression would spare a tenth of the disk.
+    """
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False  # nobody changes them while they are saved
+    context.array.saving.use_compression = False
+    context.memory.read_concurrent_bytes = 2 * max(array.nbytes for array in arrays.values())
+    return context
+
+
 def _read(path: Path, wanted: dict[str, dict], meta: dict | None = None) -> dict[str, dict[str, np.ndarray]]:
     """Arrays by item and name, each compared with its CRC32; without `meta` the files are verified first."""
     saved = (meta or durable.verify(path))["checkpoint"]["leaves"]
@@ -306,7 +321,10 @@ def _read(path: Path, wanted: dict[str, dict], meta: dict | None = None) -> dict
         targets = {name: np.empty(leaf["shape"], leaf["dtype"]) for name, leaf in saved[item].items()}
         stored = {name: target for name, target in targets.items() if target.size}
         try:
-            arrays[item] = targets | (ocp.load(path / item, stored) if stored else {})
+            arrays[item] = targets
+            if stored:
+                with _orbax(stored):
+                    arrays[item] |= ocp.load((path / item).absolute(), stored)
         except Exception as error:  # the files are as written, so this is orbax; do not call it damage
             raise CheckpointError(f"{path}: orbax cannot read {item}: {durable.one_line(error)}") from error
         for name, leaf in saved[item].items():
