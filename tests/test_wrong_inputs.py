@@ -101,12 +101,14 @@ def test_corpora_that_cannot_be_prepared(capsys, tmp_path):
         ("mesh.data=3", ("mesh.data=3", "8 device")),
         ("execution.micro_batch_sequences=4", ("micro-batch of 4", "8 devices")),
         ("execution.attention=flash9", ("flash9",)),
+        (f'evaluation.prompts=["{"word " * 60}"]', ("evaluation.prompts", "context of 64")),
     ],
 )
 def test_a_run_that_cannot_start(capsys, small_store, tmp_path, setting, words):
     status = 2 if "attention" in setting else 78
     fails(capsys, quick(small_store, tmp_path / "run", setting), status, *words)
-    assert not list((tmp_path / "run").glob("*.json*"))
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_sequence_longer_than_the_text(capsys, tmp_path):
@@ -246,6 +248,9 @@ def test_a_fork_of_what_is_not_there(capsys, finished, small_store, tmp_path):
     missing = [f"fork.run={tmp_path / 'none'}", "fork.tokens=64"]
     fails(capsys, quick(small_store, tmp_path / "b", *missing), 78, "no run with checkpoints")
     tokens = json.loads((finished / "run.json").read_text())["plan"]["stages"][0]["end_tokens"]
+    end = json.loads((finished / "run.json").read_text())["plan"]["total_tokens"]
+    whole = [f"fork.run={finished}", f"fork.tokens={end}"]
+    fails(capsys, quick(small_store, tmp_path / "d", *whole), 78, "nothing is left to train")
     other = [f"fork.run={finished}", f"fork.tokens={tokens}", "model.d_ff=128"]
     fails(capsys, quick(small_store, tmp_path / "c", *other), 78, "model.d_ff")
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from tinyllama_jax import attention, configio, flops
-from tinyllama_jax.config import Execution, Preempted, Run
+from tinyllama_jax.config import ConfigError, Execution, Preempted, Run
 from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.pipeline import Pipeline
 from tinyllama_jax.evaluate.loss import Validator, held_out
@@ -93,6 +93,10 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
         batch_sequences=run.evaluation.batch_sequences,
         document_masking=run.data.document_masking,
     )
+    prompts = [prompt_tokens(tokenizer, store.manifest["document_marks"], p) for p in run.evaluation.prompts]
+    room = run.model.context_tokens - max(map(len, prompts), default=0)
+    if room < 1:  # better now than at the first stage's end
+        raise ConfigError(f"evaluation.prompts: one fills the model's context of {run.model.context_tokens} tokens")
     describe = _Describe(run, plan, order)
     scalar = replicated(mesh)
 
@@ -129,11 +133,8 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
         )
 
     def sample(at: int) -> None:
-        if not run.evaluation.prompts:
+        if not prompts:
             return
-        marks = store.manifest["document_marks"]
-        prompts = [prompt_tokens(tokenizer, marks, prompt) for prompt in run.evaluation.prompts]
-        room = run.model.context_tokens - max(map(len, prompts))
         answers = generate(
             state["params"],
             run.model,

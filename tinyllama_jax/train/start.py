@@ -124,6 +124,8 @@ def begin(
     if run.fork is not None:
         path, _ = fork_checkpoint(run, store)
         step = plan.step_at(run.fork.tokens)
+        if step == plan.total_steps:
+            raise ConfigError(f"fork.tokens={run.fork.tokens} is the end of the curriculum; nothing is left to train")
         return step, checkpoint.load(path, target), f"forked from {path} at step {step}"
     return 0, init(run, mesh), "started from fresh weights"
 
