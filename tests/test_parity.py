@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from tinyllama_jax import config, sharding
 from tinyllama_jax.config import Execution, Model, Rope, replace
@@ -19,11 +21,8 @@ from tinyllama_jax.interop.hf import hf_tensors, read_hf, write_hf
 from tinyllama_jax.loss import cross_entropy
 from tinyllama_jax.model import transformer
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
 
 BATCH, LENGTH, ORIGINAL = 2, 48, 16  # rows; tokens per row; the context that a stretched RoPE was trained at
