@@ -97,3 +97,12 @@ def test_batch_rows_lie_over_both_axes():
         assert {shard.data.shape for shard in rows.addressable_shards} == {(1, 3)}
         assert sharding.batch_axes(jnp.zeros((8, 3))) is None
     assert sharding.replicated(mesh, 2).spec == P(None, None)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", False)])
+def test_float32_is_asked_of_devices_that_would_round(dtype, exact):
+    mesh = sharding.make_mesh(config.Mesh())
+    with sharding.computing(mesh, dtype):
+        text = str(jax.make_jaxpr(lambda x: x @ x)(jnp.ones((8, 8), jnp.float32)))
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+    assert ("HIGHEST" in text.upper()) == exact, text

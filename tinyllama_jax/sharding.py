@@ -12,8 +12,9 @@ A new mesh axis (`tensor`, `context`) is a name in AXES and rows in TABLE, befor
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +76,17 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
             "choose sizes whose product is that number (-1 takes what is left)"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def computing(mesh: DeviceMesh, dtype: str) -> Iterator[None]:
+    """The context in which every command computes: on `mesh`, and in float32 where `dtype` says so.
+
+    GPUs and TPUs multiply float32 matrices in fewer bits unless told otherwise (TF32, bfloat16).
+    """
+    precision = "highest" if dtype == "float32" else None
+    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+        yield
 
 
 def partition(

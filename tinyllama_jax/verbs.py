@@ -147,14 +147,13 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    import jax
 
     from tinyllama_jax.generate.load import load
     from tinyllama_jax.interop.hf import write_hf
-    from tinyllama_jax.sharding import make_mesh
+    from tinyllama_jax.sharding import computing, make_mesh
 
     mesh = make_mesh(Mesh())
-    with jax.set_mesh(mesh):
+    with computing(mesh, "float32"):
         loaded = load(args.checkpoint, mesh)
         folder = loaded.path / "tokenizer"
         files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -218,16 +217,15 @@ def _load_rows(path: str):
 
 
 def score(args: argparse.Namespace) -> None:
-    import jax
 
     from tinyllama_jax.config import Execution
     from tinyllama_jax.generate import score as scoring
     from tinyllama_jax.generate.load import load
-    from tinyllama_jax.sharding import make_mesh
+    from tinyllama_jax.sharding import computing, make_mesh
 
     rows = _load_rows(args.tokens)
     mesh = make_mesh(Mesh())
-    with jax.set_mesh(mesh):
+    with computing(mesh, args.dtype):
         loaded = load(args.checkpoint, mesh, dtype=args.dtype)
         nll_BT = scoring.score(loaded.params, loaded.model, Execution(), mesh, rows)
     value = {"nll": nll_BT.tolist(), "mean_nll": float(nll_BT.mean(dtype="float64"))}
@@ -236,18 +234,17 @@ def score(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    import jax
 
     from tinyllama_jax.config import Execution
     from tinyllama_jax.generate import sample
     from tinyllama_jax.generate.load import load, prompt_tokens
-    from tinyllama_jax.sharding import make_mesh
+    from tinyllama_jax.sharding import computing, make_mesh
 
     rows = None if args.tokens is None else _load_rows(args.tokens)
     if rows is not None and (rows.ndim != 2 or rows.dtype.kind not in "iu"):
         raise DataError(f"--tokens {args.tokens}: must be integers [batch, time], not {rows.dtype} {list(rows.shape)}")
     mesh = make_mesh(Mesh())
-    with jax.set_mesh(mesh):
+    with computing(mesh, args.dtype):
         loaded = load(args.checkpoint, mesh, dtype=args.dtype)
         try:
             tokenizer = loaded.tokenizer()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from tinyllama_jax import configio
@@ -17,7 +16,7 @@ from tinyllama_jax.evaluate.corpus import text_windows
 from tinyllama_jax.evaluate.loss import Validator, Windows, held_out, valid_targets
 from tinyllama_jax.generate.load import Loaded, load
 from tinyllama_jax.schedules import Plan
-from tinyllama_jax.sharding import make_mesh
+from tinyllama_jax.sharding import computing, make_mesh
 from tinyllama_jax.train.start import write_json
 
 COUNTED_TOKENS = 500_000_000  # n-grams are counted in memory on one core; beyond this they say little anyway
@@ -40,7 +39,7 @@ def measure(
     Raises ConfigError, DataError or CheckpointError for what does not exist or does not fit together.
     """
     mesh = make_mesh(Mesh())
-    with jax.set_mesh(mesh):
+    with computing(mesh, dtype):
         loaded = load(checkpoint, mesh, dtype=dtype)
         run = configio.from_dict(Run, loaded.meta["config"]) if "config" in loaded.meta else None
         masking = run.data.document_masking if run else False

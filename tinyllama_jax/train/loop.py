@@ -22,7 +22,7 @@ from tinyllama_jax.evaluate.loss import Validator, held_out
 from tinyllama_jax.generate.load import prompt_tokens
 from tinyllama_jax.generate.sample import generate
 from tinyllama_jax.schedules import Plan, learning_rate
-from tinyllama_jax.sharding import make_mesh, replicated
+from tinyllama_jax.sharding import computing, make_mesh, replicated
 from tinyllama_jax.train import health, start, step, track
 from tinyllama_jax.train import state as train_state
 from tinyllama_jax.train.checkpoint import Checkpoints
@@ -62,7 +62,7 @@ def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change:
         step.check_batches(run, plan, mesh)
         # Weights and two moments in float32; a new checkpoint is complete before the one it replaces is removed.
         health.check_space(workdir, 2 * 3 * 4 * flops.parameter_counts(run.model)["total"])
-        with jax.set_mesh(mesh):
+        with computing(mesh, run.model.compute_dtype):
             target = train_state.abstract(run, mesh)
             done, state, how = start.begin(
                 run, plan, store, checkpoints, target, mesh, allow_config_change=allow_config_change
