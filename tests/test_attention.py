@@ -51,6 +51,17 @@ def test_against_loops(name, groups, documents):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS[:1]], ids=["causal", "documents"])
+def test_a_batch_of_one_row(name, groups, documents):
+    q, k, v = (x[:1] for x in qkv(groups=groups))
+    laid_out = jax.device_put((q, k, v), sharding.batch_sharding(jax.sharding.get_mesh(), 4))
+    got = jax.jit(attention, static_argnames="implementation")(*laid_out, documents_BT=documents, implementation=name)
+    assert got.sharding.spec == laid_out[0].sharding.spec
+    np.testing.assert_allclose(got, by_loops(q, k, v, documents), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_cache_positions_against_loops(name):
     q, k, v = qkv(queries=3)
     positions = np.array([[0, 4, 11], [2, 3, 7]])

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 
+from tinyllama_jax import sharding
 from tinyllama_jax.attention.names import LSE, OUTPUT
 from tinyllama_jax.attention.reference import reference
 from tinyllama_jax.attention.xla import xla
@@ -60,4 +63,10 @@ def attention(
     if q_positions_BT is not None and documents_BT is not None:
         raise ConfigError("attention: documents_BT and q_positions_BT cannot be combined; decode one document per row")
     name, _ = choose(implementation)
-    return IMPLEMENTATIONS[name](q_BTHK, k_BSGK, v_BSGK, documents_BT, q_positions_BT)
+    arrays, rows = (q_BTHK, k_BSGK, v_BSGK, documents_BT, q_positions_BT), sharding.batch_axes(q_BTHK)
+    if B == 1 and rows is not None:
+        # The axes are of size 1 then.  JAX 0.12 forgets them where heads are split by 1, and complains that q and k lie
+        # differently; so they are put aside for the while.
+        out_BTHK = IMPLEMENTATIONS[name](*(x if x is None else sharding.gather(x) for x in arrays))
+        return reshard(out_BTHK, P(rows, None, None, None))
+    return IMPLEMENTATIONS[name](*arrays)
