@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 import typing
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from tinyllama_jax import attention, flops
 from tinyllama_jax.config import Data, Execution, Mesh, Model, Run, Stage, UserError, replace
 from tinyllama_jax.presets import preset
 from tinyllama_jax.schedules import Plan
-from tinyllama_jax.sharding import make_mesh, replicated
+from tinyllama_jax.sharding import computing, make_mesh, replicated
 from tinyllama_jax.train import state as train_state
 from tinyllama_jax.train import step as train_step
 
@@ -31,7 +32,7 @@ from tinyllama_jax.train import step as train_step
 SMALL = Model(vocab_size=2048, d_model=128, layers=2, heads=4, kv_heads=2, head_dim=32, d_ff=352, context_tokens=256)
 
 
-def options() -> argparse.Namespace:
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     choices = {field: typing.get_args(hint) for field, hint in typing.get_type_hints(Execution).items()}
     parser = argparse.ArgumentParser(description="Speed of the training step; one JSON object per model on stdout.")
     parser.add_argument("--preset", action="append", help="repeatable; default: by what the devices can do")
@@ -43,7 +44,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="compute dtype; default: the model's")
     parser.add_argument("--replica", type=int, default=1, help="mesh.replica; the other devices are mesh.data")
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def measure(name: str, model: Model, args: argparse.Namespace) -> dict:
@@ -70,7 +71,7 @@ def measure(name: str, model: Model, args: argparse.Namespace) -> dict:
         "documents": np.zeros((args.batch_sequences, length), np.int32),
         "valid": np.ones((args.batch_sequences, length), bool),
     }
-    with jax.set_mesh(mesh):
+    with computing(mesh, model.compute_dtype):
         state = train_state.init(run, mesh)
         run_step = train_step.make_train_step(run)
         accumulation = train_step.accumulation_steps(run, args.batch_sequences)

@@ -82,6 +82,7 @@ def test_reading_holds_the_model_and_a_tensor(directory):
     assert peak(READ.format(model=M157), directory) < PYTHON + MODEL + TABLE
 
 
+@pytest.mark.slow
 def test_the_commands_hold_the_model_and_a_few_arrays(directory):
     importing = COMMAND.format(arguments=["import", "hf", "hf", "--out", "checkpoint"])
     assert peak(importing, directory) < JAX + MODEL + TABLE
