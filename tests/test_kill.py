@@ -39,7 +39,7 @@ def store(tmp_path_factory):
 
 
 def environment():
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}  # one device, as a user has
     return env | {"JAX_PLATFORMS": "cpu"}
 
 
