@@ -200,7 +200,7 @@ class LearningRate:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW in float32 with decoupled weight decay."""
+    """AdamW in float32 with decoupled weight decay, and what is minimised besides the loss."""
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -208,6 +208,7 @@ class Optimizer:
     weight_decay: float = 0.1
     decay: Literal["all", "matrices"] = "all"  # TinyLlama decayed every weight, norms and embeddings too
     clip_norm: float = 1.0  # global L2 norm; 0 = off
+    z_loss: float = 0.0  # times log(Z)^2 per token, added to the loss that is differentiated; PaLM: 1e-4; 0 = off
     # A step whose loss or gradient norm exceeds mean + sigma * std of the last window is skipped; 0 = off.
     # Non-finite steps are always skipped.
     skip_sigma: float = 0.0
@@ -219,7 +220,7 @@ class Optimizer:
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
         for name in ("eps", "skip_window_steps", "max_skips"):
             _require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
-        for name in ("weight_decay", "clip_norm", "skip_sigma"):
+        for name in ("weight_decay", "clip_norm", "z_loss", "skip_sigma"):
             _require(getattr(self, name) >= 0, f"optimizer.{name} is negative")
 
 

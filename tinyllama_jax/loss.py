@@ -29,9 +29,29 @@ def cross_entropy(
     and to the gradients.  chunk_tokens: tokens whose logits exist at the same time on a device.
     Reverse-mode differentiation only, once.
     """
+    nll, _, _ = training_loss(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens=chunk_tokens)
+    return nll, jnp.sum(valid_BT, dtype=jnp.int32)
+
+
+def training_loss(
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    valid_BT: jax.Array,
+    *,
+    chunk_tokens: int,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums over valid tokens, float32 scalars: (objective, nll, z), where objective = nll + z.
+
+    z is z_loss * log(Z)^2 with Z = sum(exp(x w)), PaLM's term against logits that drift away from zero as a whole
+    (arXiv 2204.02311, section 5, with 1e-4).  Differentiate the objective; nll and z are for the log and have no
+    gradients.  Everything else is as for `cross_entropy`.
+    """
     spec = P(sharding.batch_axes(x_BTD), None)
     targets_BT, valid_BT = reshard(targets_BT, spec), reshard(valid_BT, spec)
-    return _sum_nll(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens), jnp.sum(valid_BT, dtype=jnp.int32)
+    objective, parts = _sums(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens, z_loss)
+    return objective, *jax.lax.stop_gradient(parts)
 
 
 def token_nll(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int) -> jax.Array:
@@ -53,25 +73,25 @@ def token_nll(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, *, chunk
     return run(x_BTD, sharding.gather(w_DV.astype(x_BTD.dtype)), reshard(targets_BT, P(rows, None)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sum_nll(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _sums(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens, z_loss):
     rows = sharding.batch_axes(x_BTD)
 
     def local(x_BTD, w_DV, targets_BT, valid_BT):
-        def chunk(total, x_CD, targets_C, valid_C):
-            nll_C, _, _ = _nll(x_CD, w_DV, jnp.where(valid_C, targets_C, 0))
-            return total + jnp.sum(jnp.where(valid_C, nll_C, 0.0)), ()
+        def chunk(sums, x_CD, targets_C, valid_C):
+            nll_C, _, lse_C = _nll(x_CD, w_DV, jnp.where(valid_C, targets_C, 0))
+            return sums + _chunk_sums(nll_C, lse_C, valid_C), ()
 
-        total, _ = _over_chunks(chunk, jnp.float32(0), chunk_tokens, x_BTD, targets_BT, valid_BT)
-        return jax.lax.psum(total, rows) if rows else total
+        sums, _ = _over_chunks(chunk, jnp.zeros(2), chunk_tokens, x_BTD, targets_BT, valid_BT)
+        return jax.lax.psum(sums, rows) if rows else sums
 
     specs = (P(rows, None, None), P(None, None), P(rows, None), P(rows, None))
-    run = jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)
-    return run(x_BTD, sharding.gather(w_DV.astype(x_BTD.dtype)), targets_BT, valid_BT)
+    run = jax.shard_map(local, in_specs=specs, out_specs=P(None), check_vma=False)
+    return _parts(run(x_BTD, sharding.gather(w_DV.astype(x_BTD.dtype)), targets_BT, valid_BT), z_loss)
 
 
-def _sum_nll_forward(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens):
-    """The loss, and as residuals the gradients of x (in x's dtype) and w (float32, sharded as w)."""
+def _sums_forward(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens, z_loss):
+    """The sums, and as residuals the objective's gradients by x (in x's dtype) and w (float32, sharded as w)."""
     rows, w_spec = sharding.batch_axes(x_BTD), jax.typeof(w_DV).sharding.spec
     row_axes = () if rows is None else (rows,) if isinstance(rows, str) else tuple(rows)
     # The dimension of w that lies on an axis of the batch gets its sum over that axis already cut in shares.
@@ -79,24 +99,26 @@ def _sum_nll_forward(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens):
 
     def local(x_BTD, w_DV, targets_BT, valid_BT):
         def chunk(carry, x_CD, targets_C, valid_C):
-            total, dw_DV = carry
+            sums, dw_DV = carry
             targets_C = jnp.where(valid_C, targets_C, 0)
             nll_C, logits_CV, lse_C = _nll(x_CD, w_DV, targets_C)
             p_CV = jnp.exp(logits_CV - lse_C[:, None])
+            if z_loss:  # d lse^2 / d logits = 2 lse p
+                p_CV *= 1 + 2 * z_loss * lse_C[:, None]
             is_target_CV = jnp.arange(logits_CV.shape[1]) == targets_C[:, None]
             dlogits_CV = jnp.where(is_target_CV, p_CV - 1, p_CV)
             dlogits_CV = jnp.where(valid_C[:, None], dlogits_CV, 0.0).astype(x_CD.dtype)
             dx_CD = jnp.matmul(dlogits_CV, w_DV.T)
             dw_DV += jnp.matmul(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
-            return (total + jnp.sum(jnp.where(valid_C, nll_C, 0.0)), dw_DV), dx_CD
+            return (sums + _chunk_sums(nll_C, lse_C, valid_C), dw_DV), dx_CD
 
-        start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
-        (total, dw_DV), dx_CD = _over_chunks(chunk, start, chunk_tokens, x_BTD, targets_BT, valid_BT)
+        start = (jnp.zeros(2), jnp.zeros(w_DV.shape, jnp.float32))
+        (sums, dw_DV), dx_CD = _over_chunks(chunk, start, chunk_tokens, x_BTD, targets_BT, valid_BT)
         for axis, dim in scattered:
             dw_DV = jax.lax.psum_scatter(dw_DV, axis, scatter_dimension=dim, tiled=True)
         summed = tuple(a for a in row_axes if a not in dict(scattered))
         dw_DV = jax.lax.psum(dw_DV, summed) if summed else dw_DV
-        return jax.lax.psum(total, row_axes) if row_axes else total, dx_CD.reshape(x_BTD.shape), dw_DV
+        return jax.lax.psum(sums, row_axes) if row_axes else sums, dx_CD.reshape(x_BTD.shape), dw_DV
 
     x_spec, by_token, dw_spec = P(rows, None, None), P(rows, None), [None, None]
     for axis, dim in scattered:
@@ -104,19 +126,30 @@ def _sum_nll_forward(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens):
     run = jax.shard_map(
         local,
         in_specs=(x_spec, P(None, None), by_token, by_token),
-        out_specs=(P(), x_spec, P(*dw_spec)),
+        out_specs=(P(None), x_spec, P(*dw_spec)),
         check_vma=False,
     )
-    total, dx_BTD, dw_DV = run(x_BTD, sharding.gather(w_DV.astype(x_BTD.dtype)), targets_BT, valid_BT)
-    return total, (dx_BTD, reshard(dw_DV, w_spec))
+    sums, dx_BTD, dw_DV = run(x_BTD, sharding.gather(w_DV.astype(x_BTD.dtype)), targets_BT, valid_BT)
+    return _parts(sums, z_loss), (dx_BTD, reshard(dw_DV, w_spec))
 
 
-def _sum_nll_backward(chunk_tokens, gradients, cotangent):
-    dx_BTD, dw_DV = gradients
+def _sums_backward(chunk_tokens, z_loss, gradients, cotangents):
+    (dx_BTD, dw_DV), (cotangent, _) = gradients, cotangents
     return (cotangent * dx_BTD.astype(jnp.float32)).astype(dx_BTD.dtype), cotangent * dw_DV, None, None
 
 
-_sum_nll.defvjp(_sum_nll_forward, _sum_nll_backward)
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _chunk_sums(nll_C: jax.Array, lse_C: jax.Array, valid_C: jax.Array) -> jax.Array:
+    """Sums over valid tokens of the loss and of log(Z)^2, float32 [2]."""
+    return jnp.sum(jnp.where(valid_C, jnp.stack([nll_C, jnp.square(lse_C)]), 0.0), axis=1)
+
+
+def _parts(sums: jax.Array, z_loss: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    nll, squares = sums
+    z = z_loss * squares
+    return (nll + z if z_loss else nll), (nll, z)  # without the term nothing is added, not even 0 * inf
 
 
 def _nll(x_CD: jax.Array, w_DV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -244,6 +244,7 @@ class _Describe:
             "step": index + 1,
             "tokens": tokens,
             "loss": metrics["loss"],
+            **({"z_loss": metrics["z_loss"]} if "z_loss" in metrics else {}),  # with optimizer.z_loss
             "lr": rate(tokens),
             "grad_norm": metrics["grad_norm"],
             "param_norm": metrics["param_norm"],

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from tinyllama_jax import optim
 from tinyllama_jax.config import ConfigError, Run
 from tinyllama_jax.data.pipeline import Batch
-from tinyllama_jax.loss import cross_entropy
+from tinyllama_jax.loss import training_loss
 from tinyllama_jax.model import transformer
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.sharding import BATCH
@@ -56,7 +56,8 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
 
     `batch` holds tokens, targets, valid [A, B, T] and, with document masking, documents [A, B, T].  The loss is the
     sum over valid tokens divided by their count in the whole batch, so that it depends neither on the number of
-    micro-batches A nor on the mesh.
+    micro-batches A nor on the mesh.  With optimizer.z_loss the gradients are those of loss + z_loss, and the metrics
+    hold both apart.
     """
     optimizer = optim.make_optimizer(run.optimizer)
 
@@ -69,14 +70,16 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
             documents_BT=micro.get("documents"),
             dropout_key=key,
         )
-        nll, _ = cross_entropy(
+        objective, nll, z = training_loss(
             x_BTD,
             transformer.head_kernel(params, run.model),
             micro["targets"],
             micro["valid"],
             chunk_tokens=run.execution.loss_chunk_tokens,
+            z_loss=run.optimizer.z_loss,
         )
-        return nll / valid_tokens
+        losses = {"loss": nll} | ({"z_loss": z} if run.optimizer.z_loss else {})
+        return objective / valid_tokens, jax.tree.map(lambda total: total / valid_tokens, losses)
 
     def train_step(state: State, batch: dict[str, jax.Array], lr: jax.Array, step: jax.Array):
         params = state["params"]
@@ -87,10 +90,11 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
 
         def one(micro: dict[str, jax.Array], index: jax.Array | int):
             key = None if step_key is None else jax.random.fold_in(step_key, index)
-            return jax.value_and_grad(micro_loss)(params, micro, valid_tokens, key)
+            grads, losses = jax.grad(micro_loss, has_aux=True)(params, micro, valid_tokens, key)
+            return losses, grads
 
         if accumulation == 1:
-            loss, grads = one(jax.tree.map(lambda x: x[0], batch), 0)
+            losses, grads = one(jax.tree.map(lambda x: x[0], batch), 0)
         else:
 
             def body(total, xs):
@@ -98,15 +102,16 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
                 # The barrier keeps XLA's TPU compiler from moving the gradients' all-reduce out of the loop, where
                 # it has ended in an internal error (RET_CHECK in while_loop_all_reduce_code_motion) when a cast lay
                 # between reduction and sum; on other devices it does nothing.
-                loss, grads = jax.lax.optimization_barrier(one(micro, index))
-                return jax.tree.map(jnp.add, total, (loss, grads)), None
+                losses_and_grads = jax.lax.optimization_barrier(one(micro, index))
+                return jax.tree.map(jnp.add, total, losses_and_grads), None
 
-            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-            (loss, grads), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(accumulation)))
+            names = ["loss"] + (["z_loss"] if run.optimizer.z_loss else [])
+            zeros = (dict.fromkeys(names, jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
+            (losses, grads), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(accumulation)))
 
         params, opt_state, metrics = optim.update(
-            optimizer, run.optimizer, grads, state["optimizer"], params, loss=loss, lr=lr
+            optimizer, run.optimizer, grads, state["optimizer"], params, loss=losses["loss"], lr=lr
         )
-        return {"params": params, "optimizer": opt_state}, {"loss": loss, "valid_tokens": valid_tokens, **metrics}
+        return {"params": params, "optimizer": opt_state}, {**losses, "valid_tokens": valid_tokens, **metrics}
 
     return jax.jit(train_step, donate_argnums=0)
