@@ -239,7 +239,19 @@ class Fork:
 class Execution:
     """How the same numbers are computed; never part of a run's identity."""
 
-    attention: Literal["auto", "reference", "xla"] = "auto"
+    attention: Literal[
+        "auto",
+        "reference",
+        "xla",
+        "cudnn",
+        "splash",
+        "triton",
+        "hopper",
+        "tpu",
+        "interpret:triton",
+        "interpret:hopper",
+        "interpret:tpu",
+    ] = "auto"  # attention/__init__.py says what each is; interpret: runs a kernel anywhere, slowly
     remat: Literal["none", "full", "save_dots", "save_dots_and_attention"] = "none"
     scan_layers: bool = True  # False unrolls the layers: slower to compile, easier to debug, same numbers
     micro_batch_sequences: int = 0  # sequences per accumulation step over all devices; 0 = the whole batch

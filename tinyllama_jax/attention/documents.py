@@ -25,7 +25,7 @@ class Ranges(NamedTuple):
 def ranges(documents_BT: jax.Array, window: int | None = None) -> Ranges:
     """Ranges of a packed row; a document is a run of equal ids, so an id that comes back later is another document.
 
-    window: a query sees itself and the window - 1 keys before it.
+    Made once per batch and passed to every layer.  window: as in `narrow`.
     """
     T = documents_BT.shape[1]
     position_T = jnp.arange(T, dtype=jnp.int32)
@@ -34,10 +34,15 @@ def ranges(documents_BT: jax.Array, window: int | None = None) -> Ranges:
     first_BT = lax.cummax(jnp.where(begins_BT, position_T, 0), axis=1)
     next_begins_BT = jnp.roll(begins_BT, -1, axis=1) | (position_T == T - 1)
     end_BT = lax.cummin(jnp.where(next_begins_BT, position_T + 1, T), axis=1, reverse=True)
-    if window is not None:
-        first_BT = jnp.maximum(first_BT, position_T - (window - 1))
-        end_BT = jnp.minimum(end_BT, position_T + window)
-    return Ranges(first_BT, end_BT)
+    found = Ranges(first_BT, end_BT)
+    return found if window is None else narrow(found, window)
+
+
+def narrow(given: Ranges, window: int) -> Ranges:
+    """The ranges when a query sees at most itself and the window - 1 keys before it."""
+    position_T = jnp.arange(given.first_BT.shape[1], dtype=jnp.int32)
+    first_BT = jnp.maximum(given.first_BT, position_T - (window - 1))
+    return Ranges(first_BT, jnp.minimum(given.end_BT, position_T + window))
 
 
 def visible(given: Ranges) -> jax.Array:

@@ -66,6 +66,12 @@ def _embed(params: Params, tokens_BT: jax.Array, cfg: Model) -> jax.Array:
     return x_BTD.astype(cfg.compute_dtype)
 
 
+def _is_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Whether a value is what the backward pass of an attention implementation reads besides q, k and v."""
+    named = policies.save_only_these_names(attention.OUTPUT, attention.LSE)
+    return named(primitive, *args, **params) or primitive.name.startswith(attention.CUDNN_FORWARD)
+
+
 def _remat(body: Callable, kind: str, prevent_cse: bool) -> Callable:
     """`body` under a policy that says which of its values the backward pass keeps; the rest it computes again."""
     dots = policies.dots_with_no_batch_dims_saveable  # products with weights, not attention scores
@@ -73,9 +79,7 @@ def _remat(body: Callable, kind: str, prevent_cse: bool) -> Callable:
         "none": lambda primitive, *_, **__: primitive.name != "reshard",  # everything but gathered weights
         "full": policies.nothing_saveable,
         "save_dots": dots,
-        "save_dots_and_attention": policies.save_from_both_policies(
-            dots, policies.save_only_these_names(attention.OUTPUT, attention.LSE)
-        ),
+        "save_dots_and_attention": policies.save_from_both_policies(dots, _is_attention),
     }[kind]
     # Gathered weights are not kept under any policy, or FSDP would end the forward pass with a whole model per
     # device.  On one device there is nothing to gather.
@@ -101,7 +105,8 @@ def hidden(
     """
     cos, sin = rope.tables(cfg, jnp.arange(tokens_BT.shape[1]))
     graphdef = _block(cfg)
-    attend = functools.partial(attention.attention, documents_BT=documents_BT, implementation=execution.attention)
+    seen = None if documents_BT is None else attention.ranges(documents_BT)  # once for all layers
+    attend = functools.partial(attention.attention, documents=seen, implementation=execution.attention)
     if cfg.dropout == 0:
         dropout_key = None
 
@@ -190,7 +195,8 @@ def decode(
                 updated["k"].astype(q_BTHK.dtype),
                 updated["v"].astype(q_BTHK.dtype),
                 q_positions_BT=positions_BT,
-                implementation=execution.attention,
+                # The kernels are for whole sequences; a step of decoding reads a cache.
+                implementation="xla" if execution.attention == "xla" else "reference",
             )
 
         x_BTD = nnx.merge(graphdef, layer)(x_BTD, cos, sin, attend)
