@@ -2,6 +2,7 @@
 #   make demo       train a small model from nothing and write a report: runs/demo/report.html
 #   make test       all tests that need neither PyTorch nor device compilers
 #   make test-full  the rest: parity with PyTorch, compiles for devices, Slurm
+#   make test-aot   of these the compiles for devices alone, without PyTorch
 #   make proof-hf-memory  import and export of 1.1B parameters stay below twice their size: 14 GB of disk, 5 minutes
 #   make lint | bench | clean
 
@@ -10,7 +11,9 @@ VENV ?= .venv
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
 FULL := $(VENV)/full/bin/python
+AOT := $(VENV)/aot/bin/python
 PIP := -m pip install -qq --disable-pip-version-check
+comma := ,
 PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # The first of these that is Python 3.11 or newer; `make PYTHON=/path/to/python3` chooses another.
@@ -19,7 +22,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench proof-hf-memory clean always
+.PHONY: help demo test test-full test-aot lint bench proof-hf-memory clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -49,12 +52,19 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 
 # On top of the first and apart from it: a JAX program that finds the device compilers looks for the devices too, and
 # complains when there are none.
+define on_top
+@echo "installing the extras $(2) into $(VENV)/$(1)" >&2
+@$(RUN) -m venv --clear --without-pip $(VENV)/$(1)
+@$(RUN) -c $(PACKAGES) >"$$($(VENV)/$(1)/bin/python -c $(PACKAGES))/base.pth"
+@$(VENV)/$(1)/bin/python $(PIP) -e '.[$(2)]'
+@touch $@
+endef
+
 $(VENV)/.full: $(VENV)/.dev
-	@echo "installing the extras parity and preflight into $(VENV)/full" >&2
-	@$(RUN) -m venv --clear --without-pip $(VENV)/full
-	@$(RUN) -c $(PACKAGES) >"$$($(FULL) -c $(PACKAGES))/base.pth"
-	@$(FULL) $(PIP) -e '.[parity,preflight]'
-	@touch $@
+	$(call on_top,full,parity$(comma)preflight)
+
+$(VENV)/.aot: $(VENV)/.dev
+	$(call on_top,aot,preflight)
 
 demo: $(VENV)/.run
 	@$(RUN) -m tinyllama_jax demo --workdir runs/demo
@@ -64,6 +74,9 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.full
 	@$(FULL) -m pytest -q -m "parity or aot or slurm" --timeout 900 $(TESTS)
+
+test-aot: $(VENV)/.aot
+	@$(AOT) -m pytest -q -m aot --timeout 900 $(TESTS)
 
 lint: $(VENV)/.dev
 	@$(RUN) -m ruff check .
