@@ -21,9 +21,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tinyllama_jax.attention import tpu_blocks as tb
 from tinyllama_jax.attention.documents import Ranges
+from tinyllama_jax.attention.tpu_backward import backward
 from tinyllama_jax.attention.tpu_blocks import GRANULE
 
-__all__ = ["GRANULE", "forward", "refuses"]
+__all__ = ["GRANULE", "backward", "forward", "refuses"]
 
 HEAD_DIMS = (64, 128)
 

@@ -134,7 +134,7 @@ class Visits:
 
 
 class KeyLoop(NamedTuple):
-    """The grid of forward and dq, (rows and stacks of heads, query blocks, pieces of keys), and its blocks of arrays."""
+    """The grid of forward and dq, (rows and stacks of query heads, query blocks, pieces of keys)."""
 
     tiles: Tiling
     tokens: int  # T
