@@ -1,0 +1,292 @@
+"""Gradients of the Hopper kernels: one pass for the queries, one for keys and values.
+
+Both compute the probabilities again from the scores and the saved logarithm of their sum, P = exp(S - lse), and
+dS = P (dP - delta) with dP = dO V^T (Dao 2023, arXiv:2307.08691, section 3.1.2).  Two passes cost two products more
+than a fused one; in return nothing is added up in memory, and two runs agree to the bit.
+
+The last products of a tile, whose left operand is P or dS in registers, are begun together with the first products of
+the next tile and run while that one's exponentials are taken.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from tinyllama_jax.attention.documents import Ranges, key_blocks, query_blocks
+from tinyllama_jax.attention.hopper_tiles import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    GRANULE,
+    LOG2E,
+    PRODUCER_REGISTERS,
+    ROWS,
+    interpreter,
+    iota,
+    multiply,
+    operand,
+    per_column,
+    per_row,
+    staged,
+    tiles,
+)
+
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def dq(
+    q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, ranges: Ranges | None, *, kind: str, interpret
+) -> jax.Array:
+    """The gradient of q, [B, T, H, K]: a thread block owns 128 queries of one head and streams keys and values."""
+    (B, T, H, K), G, dtype = q_BTHK.shape, k_BTGK.shape[2], q_BTHK.dtype
+    block, stages = tiles(kind, K).dq, tiles(kind, K).stages
+    scale = 1 / math.sqrt(K)
+    score = (ROWS, block)
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
+        first_ref = refs[0] if ranges is not None else None
+        dq_ref, q_smem2, do_smem2, k_smem, v_smem, own, full, free, *staging = refs if ranges is None else refs[1:]
+        b, h, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+        i = T // GRANULE - 1 - lax.axis_index("block")  # the longest rows first
+        ends = (0, 0) if first_ref is None else (first_ref[b, i * GRANULE], first_ref[b, i * GRANULE + GRANULE - 1])
+        begin, clear_begin, clear_end, end = key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
+
+        @pl.when(wg == CONSUMERS)
+        def produce():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+            def copy(j, _):
+                step = j - begin
+                slot = lax.rem(step, jnp.int32(stages))
+                keys = (b, pl.ds(j * block, block), lax.div(h, jnp.int32(H // G)))
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], full.at[slot])
+
+            lax.fori_loop(begin, end, copy, None)
+
+        @pl.when(wg < CONSUMERS)
+        def consume():
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            row = i * GRANULE + wg * ROWS
+            q_smem, do_smem, left = q_smem2.at[wg], do_smem2.at[wg], staging[0].at[wg] if staging else None
+            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), h], q_smem, own.at[wg])
+            plgpu.copy_gmem_to_smem(do_ref.at[b, pl.ds(row, ROWS), h], do_smem, own.at[wg])
+            lse2 = plgpu.load(lse_ref.at[b, h, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False) * LOG2E
+            delta = plgpu.load(delta_ref.at[b, h, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
+            if first_ref is not None:
+                first = plgpu.load(first_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
+            plgpu.barrier_wait(own.at[wg])
+
+            def gradient_of_scores(j, masked, dq_acc, older_ds):
+                """dS of block j; meanwhile dQ of block j - 1, if there is one."""
+                slot = lax.rem(j - begin, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+
+                def compute(s_acc, dp_acc):
+                    plgpu.wgmma(s_acc, q_smem, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp_acc, do_smem, v_smem.at[slot].transpose((1, 0)))
+                    older = 0 if older_ds is None else 1
+                    if older:
+                        before = lax.rem(j - 1 - begin, jnp.int32(stages))
+                        multiply(dq_acc, older_ds, k_smem.at[before], left)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 + older)
+                    p = jnp.exp2(s * (scale * LOG2E) - per_row(lse2, score))
+                    if masked:
+                        key = iota(score, 1) + j * block
+                        seen = key <= iota(score, 0) + row
+                        if first_ref is not None:
+                            seen &= key >= per_row(first, score)
+                        p = jnp.where(seen, p, 0.0)
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=older)
+                    ds = p * (dp - per_row(delta, score))
+                    if older:
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(free.at[before])
+                    return ds.astype(dtype)
+
+                return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC(score))
+
+            def accumulate(dq_acc):
+                ds = gradient_of_scores(begin, True, dq_acc, None)
+                start = begin + 1
+                clear_start = jnp.maximum(clear_begin, start)
+                diagonal = jnp.maximum(clear_end, clear_start)
+                if first_ref is not None:
+                    ds = lax.fori_loop(start, clear_start, lambda j, x: gradient_of_scores(j, True, dq_acc, x), ds)
+                ds = lax.fori_loop(clear_start, diagonal, lambda j, x: gradient_of_scores(j, False, dq_acc, x), ds)
+                ds = lax.fori_loop(diagonal, end, lambda j, x: gradient_of_scores(j, True, dq_acc, x), ds)
+                multiply(dq_acc, ds, k_smem.at[lax.rem(end - 1 - begin, jnp.int32(stages))], left)
+                return dq_acc[...]
+
+            q_smem[...] = (pl.run_scoped(accumulate, plgpu.ACC((ROWS, K))) * scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[b, pl.ds(row, ROWS), h])
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q_BTHK.shape, dtype),
+        scratch_types=[
+            operand((CONSUMERS, ROWS, K), dtype),
+            operand((CONSUMERS, ROWS, K), dtype),
+            operand((stages, block, K), dtype),
+            operand((stages, block, K), dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+            *staged(interpret, score, dtype),
+        ],
+        grid=(T // GRANULE, B, H),
+        grid_names=("block", "batch", "head"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="attn_dq",
+        interpret=interpreter(interpret),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, *(() if ranges is None else (ranges.first_BT,)))
+
+
+def dkv(
+    q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, ranges: Ranges | None, *, kind: str, interpret
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of k and v, [B, T, G, K]: a thread block owns 128 keys and streams the queries of all its heads.
+
+    Scores are computed with keys in rows, S^T = K Q^T: so P^T and dS^T lie in registers as dV += P^T dO and
+    dK += dS^T Q want them, and what belongs to a query (lse, delta) comes per column.
+    """
+    (B, T, H, K), G, dtype = q_BTHK.shape, k_BTGK.shape[2], q_BTHK.dtype
+    block, stages, R = tiles(kind, K).dkv, tiles(kind, K).stages, H // G
+    scale = 1 / math.sqrt(K)
+    score = (ROWS, block)
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
+        end_ref = refs[0] if ranges is not None else None
+        dk_ref, dv_ref, k_smem2, v_smem2, q_smem, do_smem, *refs = refs if ranges is None else refs[1:]
+        lse_smem, delta_smem, own, full, free, *staging = refs
+        b, g, wg = lax.axis_index("batch"), lax.axis_index("group"), lax.axis_index("warpgroup")
+        j = lax.axis_index("block")
+        ends = (T, T) if end_ref is None else (end_ref[b, j * GRANULE], end_ref[b, j * GRANULE + GRANULE - 1])
+        begin, clear_begin, clear_end, end = query_blocks(j, GRANULE, block, *map(jnp.int32, ends))
+        count = end - begin
+
+        @pl.when(wg == CONSUMERS)
+        def produce():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+            def copy(step, _):
+                slot = lax.rem(step, jnp.int32(stages))
+                h, i = g * R + lax.div(step, count), begin + lax.rem(step, count)
+                rows = pl.ds(i * block, block)
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[slot], full.at[slot])
+
+            lax.fori_loop(0, R * count, copy, None)
+
+        @pl.when(wg < CONSUMERS)
+        def consume():
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            row = j * GRANULE + wg * ROWS
+            k_smem, v_smem = k_smem2.at[wg], v_smem2.at[wg]
+            left_p, left_ds = (s.at[wg] for s in staging) if staging else (None, None)
+            plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(row, ROWS), g], k_smem, own.at[wg])
+            plgpu.copy_gmem_to_smem(v_ref.at[b, pl.ds(row, ROWS), g], v_smem, own.at[wg])
+            if end_ref is not None:
+                last = plgpu.load(end_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
+            plgpu.barrier_wait(own.at[wg])
+
+            def begin_sums(dk_acc, dv_acc, p, ds, slot):
+                multiply(dv_acc, p, do_smem.at[slot], left_p)
+                multiply(dk_acc, ds, q_smem.at[slot], left_ds)
+
+            def tile(r, i, masked, dk_acc, dv_acc, older):
+                """P^T and dS^T of queries i of head r; meanwhile dV and dK of the tile before, if there is one."""
+                step = r * count + i - begin
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+
+                def compute(s_acc, dp_acc):
+                    plgpu.wgmma(s_acc, k_smem, q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp_acc, v_smem, do_smem.at[slot].transpose((1, 0)))
+                    running = 0 if older is None else 2
+                    if running:
+                        before = lax.rem(step - 1, jnp.int32(stages))
+                        begin_sums(dk_acc, dv_acc, *older, before)
+                    lse2 = plgpu.load(lse_smem.at[slot], layout=PER_COLUMN) * LOG2E
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 + running)
+                    p = jnp.exp2(s * (scale * LOG2E) - per_column(lse2, score))
+                    if masked:
+                        query = iota(score, 1) + i * block
+                        seen = query >= iota(score, 0) + row
+                        if end_ref is not None:
+                            seen &= query < per_row(last, score)
+                        p = jnp.where(seen, p, 0.0)
+                    delta = plgpu.load(delta_smem.at[slot], layout=PER_COLUMN)
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=running)
+                    ds = p * (dp - per_column(delta, score))
+                    if running:
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(free.at[before])
+                    return p.astype(dtype), ds.astype(dtype)
+
+                return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC(score))
+
+            def accumulate(dk_acc, dv_acc):
+                def queries(r, start, older):
+                    clear_start = jnp.maximum(clear_begin, start)
+                    clear_stop = jnp.maximum(clear_end, clear_start)
+
+                    def visit(masked):
+                        return lambda i, older: tile(r, i, masked, dk_acc, dv_acc, older)
+
+                    older = lax.fori_loop(start, clear_start, visit(True), older)
+                    older = lax.fori_loop(clear_start, clear_stop, visit(False), older)
+                    if end_ref is not None:
+                        older = lax.fori_loop(clear_stop, end, visit(True), older)
+                    return older
+
+                older = tile(0, begin, True, dk_acc, dv_acc, None)
+                older = lax.fori_loop(0, R, lambda r, older: queries(r, begin + jnp.where(r == 0, 1, 0), older), older)
+                begin_sums(dk_acc, dv_acc, *older, lax.rem(R * count - 1, jnp.int32(stages)))
+                return dk_acc[...], dv_acc[...]
+
+            dk, dv = pl.run_scoped(accumulate, plgpu.ACC((ROWS, K)), plgpu.ACC((ROWS, K)))
+            k_smem[...] = (dk * scale).astype(dtype)
+            v_smem[...] = dv.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(k_smem, dk_ref.at[b, pl.ds(row, ROWS), g])
+            plgpu.copy_smem_to_gmem(v_smem, dv_ref.at[b, pl.ds(row, ROWS), g])
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(k_BTGK.shape, dtype)] * 2,
+        scratch_types=[
+            operand((CONSUMERS, ROWS, K), dtype),
+            operand((CONSUMERS, ROWS, K), dtype),
+            operand((stages, block, K), dtype),
+            operand((stages, block, K), dtype),
+            plgpu.SMEM((stages, block), jnp.float32),
+            plgpu.SMEM((stages, block), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
+            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+            *(staged(interpret, score, dtype) * 2),
+        ],
+        grid=(T // GRANULE, B, G),
+        grid_names=("block", "batch", "group"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="attn_dkv",
+        interpret=interpreter(interpret),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, *(() if ranges is None else (ranges.end_BT,)))

@@ -1,0 +1,102 @@
+"""What the Hopper kernels share: tile sizes, shared memory layouts, and the few ways in which they are spelled."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from tinyllama_jax.config import ConfigError
+
+CONSUMERS = 2  # warpgroups that compute; one more only copies
+ROWS = 64  # rows of a tensor core instruction: what one consumer holds
+GRANULE = CONSUMERS * ROWS  # rows of one thread block
+LOG2E, LN2 = math.log2(math.e), math.log(2.0)
+
+# Of a block's 64 Ki registers a thread has 168 when it starts; the copying warpgroup gives most of its own away.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+
+
+class Tiles(NamedTuple):
+    """Rows of a tile of the operand that is streamed through shared memory, and how many tiles are in flight."""
+
+    forward: int  # keys
+    dq: int  # keys
+    dkv: int  # queries
+    stages: int
+
+
+# head_dim -> tiles; the largest that the compiler fits into the registers without spilling.
+TILES = {64: Tiles(128, 128, 64, 3), 128: Tiles(64, 64, 64, 2)}
+
+
+def tiles(kind: str, head_dim: int) -> Tiles:
+    """The tiles for a GPU by its device_kind; all Hopper GPUs have the same multiprocessor, so there is one table.
+
+    Raises ConfigError for a GPU before or after Hopper: its compiler would end the process at the first instruction
+    that it does not know.
+    """
+    if kind.startswith("NVIDIA") and not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
+        raise ConfigError(f"execution.attention='hopper' cannot run on {kind}; choose another, or auto")
+    return TILES[head_dim]
+
+
+def operand(shape: tuple[int, ...], dtype) -> plgpu.GPUMemoryRef:
+    """Shared memory that the tensor cores read: 8 x 64 tiles, swizzled over 128 bytes."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def multiply(acc, left: jax.Array, right, staging) -> None:
+    """acc += left @ right, begun and not awaited, with `left` in registers.
+
+    JAX's interpreter reads the operands of a product from shared memory only: there, and only there, `left` goes
+    through `staging`, memory of this warpgroup's own.
+    """
+    if staging is not None:
+        staging[...] = left
+        plgpu.commit_smem()
+        left = staging
+    plgpu.wgmma(acc, left, right)
+
+
+def staged(interpret, shape: tuple[int, ...], dtype) -> list:
+    """Scratch for `multiply`, one per consumer: none on a GPU."""
+    return [operand((CONSUMERS, *shape), dtype)] if interpret else []
+
+
+def per_row(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, (0,))
+
+
+def per_column(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, (1,))
+
+
+def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def filled(shape: tuple[int, ...], value: float) -> jax.Array:
+    """Float32 in registers, laid out as a product of the tensor cores or as one value per row of it."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def product(left, right) -> jax.Array:
+    """left @ right of two tiles in shared memory, awaited."""
+
+    def compute(acc):
+        plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(compute, plgpu.ACC((left.shape[0], right.shape[1])))
+
+
+def interpreter(interpret):
+    """What plgpu.kernel takes as `interpret`: False, or the parameters of the interpreter."""
+    return plgpu.InterpretGPUParams() if interpret is True else interpret
