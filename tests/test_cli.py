@@ -40,6 +40,7 @@ def test_the_list_of_options_is_meant():
         "demo": sorted([*common, *settings, "--experiment", "--workdir"]),
         "prepare": sorted([*common, "--document-marks", "--out", "--tokenizer", "--validation-share", "--vocab-size"]),
         "train": sorted([*settings, "--allow-config-change", "--help", "--workdir"]),
+        "preflight": sorted([*common, *settings, "--as-written", "--target"]),
         "report": sorted([*common, "--compare"]),
         "eval": sorted([*common, "--baselines", "--corpus", "--dtype", "--sequence-tokens", "--sequences"]),
         "score": sorted([*common, "--dtype", "--tokens"]),

@@ -119,6 +119,28 @@ def build_parser() -> argparse.ArgumentParser:
     settings(sub)
 
     sub = verb(
+        "preflight",
+        verbs.preflight,
+        "compile an experiment's training step for machines that are not here: does it fit, and what does it need",
+        "tinyllama preflight experiments.tinyllama:v1_0 --target a100-40g:2x8 --json",
+    )
+    sub.add_argument("experiment", metavar="MODULE:FUNCTION")
+    sub.add_argument(
+        "--target",
+        required=True,
+        metavar="MACHINE",
+        help="a100-40g, a100-80g, h100 or h200, with :GPUS or :MACHINESxGPUS; v4, v5e, v5p or v6e with the slice's "
+        "shape, such as v5e:4x4 or v4:2x2x4",
+    )
+    sub.add_argument(
+        "--as-written",
+        action="store_true",
+        help="do not look for the largest micro-batch that fits; exit with 78 when the experiment's own does not",
+    )
+    settings(sub)
+    as_json(sub)
+
+    sub = verb(
         "report",
         verbs.report,
         "write report.html and plots/*.png for a run directory",

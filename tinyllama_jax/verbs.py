@@ -303,6 +303,15 @@ class _Stream:
             self.printed = len(text)
 
 
+def preflight(args: argparse.Namespace) -> None:
+    from tinyllama_jax.preflight import verb
+
+    value, failure = verb.preflight(resolved(args), args.experiment, args.target, as_written=args.as_written, say=say)
+    answer(args, value, verb.lines(value))
+    if failure:
+        raise failure
+
+
 def inspect(args: argparse.Namespace) -> None:
     import jax
 

@@ -1,0 +1,136 @@
+"""Collectives of a compiled program, counted in its HLO text: how many run in one step, and over how many bytes.
+
+What the text hides, and how it is counted here:
+  * A loop's body is printed once.  Its length is the compiler's `known_trip_count` or else the constant that the
+    loop's condition compares with (`lax.scan` counts from 0 by 1); loops whose length cannot be read count once, and
+    are reported.
+  * `x-start` and `x-done` are one collective; so are the `async-start` with a collective in the computation it calls
+    and its `async-done`.
+  * XLA's TPU compiler writes a reduce-scatter as a fusion named `all-reduce-scatter` around an all-reduce, and an
+    asynchronous collective as the same instruction in three fusions: the one that starts it, one that computes
+    meanwhile (`async_collective_fusion`) and the one that ends it.
+Bytes are of the whole array on each device: what a gather makes, what a reduce-scatter or all-reduce takes in.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {f"{sign}{n}": n for sign in "suf" for n in (8, 16, 32, 64)}
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"(?:^|[\s)\]}])([a-z][a-z\-]*)\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+
+
+class _Line(NamedTuple):
+    name: str
+    opcode: str
+    result: str  # the type, as text
+    rest: str  # operands, without the opening bracket, and attributes
+
+
+def _bytes(types: str) -> list[int]:
+    """Sizes of the arrays in a type's text; layouts are no arrays, for they stand in braces."""
+    return [
+        math.prod(int(n) for n in dims.split(",") if n) * _BITS.get(dtype, 8) // 8
+        for dtype, dims in _ARRAY.findall(types)
+    ]
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Line]], str]:
+    computations: dict[str, list[_Line]] = {}
+    entry, lines = "", None
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head and " = " not in line.split("(", 1)[0]:
+            lines = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif lines is not None and (match := _INSTRUCTION.match(line)):
+            name, body = match.groups()
+            # The type ends where the opcode begins: a word before a bracket, outside the type's own brackets.
+            depth = end = 0
+            if body.startswith("("):
+                for end, char in enumerate(body):  # noqa: B007
+                    depth += (char == "(") - (char == ")")
+                    if depth == 0:
+                        break
+            opcode = _OPCODE.search(body, body.find(" ", end))
+            if opcode:
+                lines.append(_Line(name, opcode[1], body[: opcode.start(1)], body[opcode.end() :]))
+    return computations, entry
+
+
+def _trips(line: _Line, computations: dict[str, list[_Line]]) -> int | None:
+    known = _TRIPS.search(line.rest)
+    if known:
+        return int(known[1])
+    condition = dict(_CALLED.findall(line.rest)).get("condition", "")
+    limits = {
+        int(line.rest.partition(")")[0])
+        for line in computations.get(condition, [])
+        if line.opcode == "constant" and line.result.startswith("s32[]")
+    }
+    return limits.pop() if len(limits) == 1 else None
+
+
+def _size(line: _Line, sizes: dict[str, int], kind: str) -> int:
+    """Bytes of the whole array of one collective: the larger of what goes in and what comes out."""
+    operands = re.findall(r"%([\w.\-]+)", line.rest[: line.rest.find(")")])
+    taken = sum(sizes.get(o, 0) for o in operands)
+    made = _bytes(line.result)
+    if line.opcode.endswith("-start") and len(made) > len(operands):
+        # A start's type repeats its operands before its results, and may end with scalars of its own.
+        made = made[len(operands) : 2 * len(operands)]
+    return max(taken, sum(made))
+
+
+def count(text: str) -> dict[str, Any]:
+    """{kind: {"static", "per_step", "bytes_per_step"}} of the collectives in an optimized HLO module's text.
+
+    static counts instructions, per_step executions; bytes are per device and step.  "loops_of_unknown_length" counts
+    the loops that hold collectives and were taken to run once.
+    """
+    computations, entry = _parse(text)
+    found: dict[str, dict[str, int]] = {}
+    unknown = 0
+
+    def visit(name: str, times: int, scattered: bool) -> bool:
+        """Counts what one execution of computation `name` does, `times` over; whether it held any collective."""
+        nonlocal unknown
+        lines = computations.get(name, [])
+        if any('"AsyncCollectiveDone"' in line.rest for line in lines) or name.startswith("async_collective_fusion"):
+            return False
+        sizes, held = {}, False
+        for line in lines:
+            sizes[line.name] = sum(_bytes(line.result))
+            kind = line.opcode.removesuffix("-start")
+            if kind in KINDS:
+                held = True
+                kind = "reduce-scatter" if scattered and kind == "all-reduce" else kind
+                row = found.setdefault(kind, {"static": 0, "per_step": 0, "bytes_per_step": 0})
+                row["static"] += 1
+                row["per_step"] += times
+                row["bytes_per_step"] += times * _size(line, sizes, kind)
+            elif line.opcode == "while":
+                trips = _trips(line, computations)
+                body = dict(_CALLED.findall(line.rest)).get("body", "")
+                if visit(body, times * (trips or 1), False):
+                    held, unknown = True, unknown + (trips is None)
+            elif line.opcode in ("fusion", "call", "async-start", "conditional"):
+                called = [name for key, name in _CALLED.findall(line.rest) if key != "condition"]
+                called += re.findall(r"%([\w.\-]+)", "".join(_BRANCHES.findall(line.rest)))
+                for other in called:
+                    names = (line.name, other)
+                    held |= visit(other, times, any(n.startswith("all-reduce-scatter") for n in names))
+        return held
+
+    visit(entry, 1, False)
+    return {kind: found[kind] for kind in KINDS if kind in found} | {"loops_of_unknown_length": unknown}
