@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 import warnings
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from tinyllama_jax.attention.documents import Ranges, key_blocks
+from tinyllama_jax.attention.documents import Ranges, key_blocks, query_blocks
 
 # JAX 0.11 deprecates this backend and says so at every compilation.  It is the only one that serves an A100.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
@@ -32,6 +33,7 @@ warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecat
 GRANULE = 64
 HEAD_DIMS = (16, 32, 64, 128)  # Triton's arrays have powers of two as sizes
 LOG2E = math.log2(math.e)
+PROGRAMS = 256  # about two for each multiprocessor of an A100 (108) or H200 (132)
 FLOOR = -1e30  # under every score and finite: a row that has seen nothing yet has this maximum, never inf - inf
 
 
@@ -82,60 +84,213 @@ def _dot(a, b, contract: tuple[int, int] = (1, 0)):
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _walk(bounds, step, carry, *, edges: bool):
-    """step(masked)(j, carry) over the three parts of `bounds` (see documents.py); the first is empty without edges."""
+def _exp2(x, unit: float, minus, interpret: bool):
+    """2 ** (x * unit - minus), in float32."""
+    minus = jnp.broadcast_to(minus, x.shape)
+    if interpret:
+        return jnp.exp2(x * unit - minus)
+    # Left to itself the backend rounds the product before it subtracts, and guards the exponential against denormal
+    # results: six instructions per score where two do, in a loop that has one score for every 128 multiply-adds.
+    constant = struct.pack(">f", unit).hex()
+    return plgpu.elementwise_inline_asm(
+        f"{{ .reg .f32 t; fma.rn.ftz.f32 t, $1, 0f{constant}, $2; ex2.approx.ftz.f32 $0, t; }}",
+        args=[x, -minus],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )[0]
+
+
+def _walk(bounds, step, carry, *, first: bool = True, last: bool = True):
+    """step(masked)(j, carry) over the three parts of `bounds` (see documents.py); the caller may know one is empty."""
     begin, clear_begin, clear_end, end = bounds
-    if edges:
+    if first:
         carry = lax.fori_loop(begin, clear_begin, step(True), carry)
     carry = lax.fori_loop(clear_begin, clear_end, step(False), carry)
-    return lax.fori_loop(clear_end, end, step(True), carry)
+    return lax.fori_loop(clear_end, end, step(True), carry) if last else carry
 
 
-def _scores(dot, head_dim: int, soft_cap: float | None):
-    """(raw, unit): scores are raw * unit, in natural units."""
-    scale = 1 / math.sqrt(head_dim)
-    return (dot, scale) if soft_cap is None else (jnp.tanh(dot * (scale / soft_cap)), soft_cap)
+class Scores(NamedTuple):
+    """Scores are raw * unit, where raw is the product q k or, with a soft cap, the tanh of it."""
+
+    head_dim: int
+    soft_cap: float | None
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.head_dim)
+
+    @property
+    def unit(self) -> float:
+        return self.scale if self.soft_cap is None else self.soft_cap
+
+    def raw(self, product):
+        return product if self.soft_cap is None else jnp.tanh(product * (self.scale / self.soft_cap))
+
+    def slope(self, raw, ds):
+        """The cotangent of scale * product, from that of the score."""
+        return ds if self.soft_cap is None else ds * (1 - raw * raw)
 
 
-def attn_fwd(*refs, block: Block, tokens, soft_cap, documents: bool):
-    first_ref, (q_ref, k_ref, v_ref, o_ref, lse_ref) = (refs[0], refs[1:]) if documents else (None, refs)
-    M, N, K = block.held, block.walked, q_ref.shape[-1]
-    i = tokens // M - 1 - pl.program_id(1)  # late queries see most keys: they start first
-    rows = pl.ds(i * M, M)
+class Static(NamedTuple):
+    """What a kernel is compiled for."""
+
+    block: Block
+    tokens: int
+    scores: Scores
+    documents: bool
+    interpret: bool
+
+
+def attn_fwd(*refs, static: Static):
+    """o and lse of one block of queries of one head."""
+    block, T, scores, documents, interpret = static
+    first_ref, (q_ref, k_ref, v_ref, o_ref, lse_ref) = _bounds_ref(refs, documents)
+    M, N, K = block.held, block.walked, scores.head_dim
+    i = T // M - 1 - pl.program_id(1)
     q_MK = q_ref[...]
-    query_M = i * M + jnp.arange(M)
-    if documents:
-        first_M = first_ref[rows]
-        bounds = key_blocks(i, M, N, first_ref[i * M], first_ref[i * M + M - 1])
-    else:
-        bounds = key_blocks(i, M, N, 0, 0)
-    unit = _scores(0.0, K, soft_cap)[1] * LOG2E
+    seen, bounds = _keys_seen(first_ref, i, M, N)
+    unit = scores.unit * LOG2E
 
     def step(masked):
         def body(j, carry):
             m_M, l_M, o_MK = carry
             keys = pl.ds(j * N, N)
-            raw_MN, _ = _scores(_dot(q_MK, k_ref[keys, :], (1, 1)), K, soft_cap)
+            raw_MN = scores.raw(_dot(q_MK, k_ref[keys, :], (1, 1)))
             if masked:
-                key_N = j * N + jnp.arange(N)
-                seen_MN = key_N[None, :] <= query_M[:, None]
-                if documents:
-                    seen_MN &= key_N[None, :] >= first_M[:, None]
-                raw_MN = jnp.where(seen_MN, raw_MN, -jnp.inf)
+                raw_MN = jnp.where(seen(j), raw_MN, -jnp.inf)
             new_M = jnp.maximum(m_M, jnp.max(raw_MN, axis=1))
-            p_MN = jnp.exp2(raw_MN * unit - (new_M * unit)[:, None])
-            shrink_M = jnp.exp2((m_M - new_M) * unit)
-            l_M = l_M * shrink_M + jnp.sum(p_MN, axis=1)
+            p_MN = _exp2(raw_MN, unit, (new_M * unit)[:, None], interpret)
+            shrink_M = _exp2(m_M - new_M, unit, 0.0, interpret)  # the difference first: FLOOR - FLOOR is exactly 0
             v_NK = v_ref[keys, :]
-            return new_M, l_M, o_MK * shrink_M[:, None] + _dot(p_MN.astype(v_NK.dtype), v_NK)
+            o_MK = o_MK * shrink_M[:, None] + _dot(p_MN.astype(v_NK.dtype), v_NK)
+            return new_M, l_M * shrink_M + jnp.sum(p_MN, axis=1), o_MK
 
         return body
 
     zeros_M = jnp.zeros((M,), jnp.float32)
-    carry = (zeros_M + FLOOR, zeros_M, jnp.zeros((M, K), jnp.float32))
-    m_M, l_M, o_MK = _walk(bounds, step, carry, edges=documents)
+    m_M, l_M, o_MK = _walk(bounds, step, (zeros_M + FLOOR, zeros_M, jnp.zeros((M, K), jnp.float32)), first=documents)
     o_ref[...] = (o_MK / l_M[:, None]).astype(o_ref.dtype)
-    lse_ref[...] = (m_M * unit + jnp.log2(l_M)) / LOG2E
+    lse_ref[...] = m_M * scores.unit + jnp.log(l_M)
+
+
+def attn_dq(*refs, static: Static):
+    """dq of one block of queries of one head."""
+    block, T, scores, documents, interpret = static
+    first_ref, (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref) = _bounds_ref(refs, documents)
+    M, N, K = block.held, block.walked, scores.head_dim
+    i = T // M - 1 - pl.program_id(1)
+    q_MK, do_MK, delta_M1 = q_ref[...], do_ref[...], delta_ref[...][:, None]
+    lse_M1 = (lse_ref[...] * LOG2E)[:, None]
+    seen, bounds = _keys_seen(first_ref, i, M, N)
+
+    def step(masked):
+        def body(j, dq_MK):
+            keys = pl.ds(j * N, N)
+            k_NK = k_ref[keys, :]
+            raw_MN = scores.raw(_dot(q_MK, k_NK, (1, 1)))
+            p_MN = _exp2(raw_MN, scores.unit * LOG2E, lse_M1, interpret)
+            if masked:
+                p_MN = jnp.where(seen(j), p_MN, 0.0)  # not the score: of a hidden key it may be above the lse
+            dp_MN = _dot(do_MK, v_ref[keys, :], (1, 1))
+            ds_MN = scores.slope(raw_MN, p_MN * (dp_MN - delta_M1))
+            return dq_MK + _dot(ds_MN.astype(k_NK.dtype), k_NK)
+
+        return body
+
+    dq_MK = _walk(bounds, step, jnp.zeros((M, K), jnp.float32), first=documents)
+    dq_ref[...] = (dq_MK * scores.scale).astype(dq_ref.dtype)
+
+
+def attn_dkv(*refs, static: Static):
+    """dk and dv of one block of keys, from the queries of the heads that q_ref holds."""
+    block, T, scores, documents, interpret = static
+    end_ref, (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref) = _bounds_ref(refs, documents)
+    M, N, K, R = block.walked, block.held, scores.head_dim, q_ref.shape[1]
+    j = pl.program_id(1)  # early keys are seen by most queries: they start first
+    keys = pl.ds(j * N, N)
+    k_NK, v_NK = k_ref[...], v_ref[...]
+    key_N = j * N + jnp.arange(N)
+    if documents:
+        end_N = end_ref[keys]
+        bounds = query_blocks(j, N, M, end_ref[j * N], end_ref[j * N + N - 1])
+    else:
+        bounds = query_blocks(j, N, M, T, T)
+
+    def step(masked):
+        def body(x, carry):
+            dk_NK, dv_NK = carry
+            i, r = lax.div(x, jnp.int32(R)), lax.rem(x, jnp.int32(R))
+            queries = pl.ds(i * M, M)
+            q_MK, do_MK = q_ref[queries, r, :], do_ref[queries, r, :]
+            # Keys as rows: p and ds then lie in registers as the next products want them.
+            raw_NM = scores.raw(_dot(k_NK, q_MK, (1, 1)))
+            p_NM = _exp2(raw_NM, scores.unit * LOG2E, (lse_ref[r, queries] * LOG2E)[None, :], interpret)
+            if masked:
+                query_M = i * M + jnp.arange(M)
+                seen_NM = query_M[None, :] >= key_N[:, None]
+                if documents:
+                    seen_NM &= query_M[None, :] < end_N[:, None]
+                p_NM = jnp.where(seen_NM, p_NM, 0.0)
+            dv_NK += _dot(p_NM.astype(do_MK.dtype), do_MK)
+            dp_NM = _dot(v_NK, do_MK, (1, 1))
+            ds_NM = scores.slope(raw_NM, p_NM * (dp_NM - delta_ref[r, queries][None, :]))
+            return dk_NK + _dot(ds_NM.astype(q_MK.dtype), q_MK), dv_NK
+
+        return body
+
+    # One walk over (block of queries, head), heads fastest: the loads of the next are under way at every turn.
+    zeros_NK = jnp.zeros((N, K), jnp.float32)
+    dk_NK, dv_NK = _walk([bound * R for bound in bounds], step, (zeros_NK, zeros_NK), last=documents)
+    dk_ref[...] = (dk_NK * scores.scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv_NK.astype(dv_ref.dtype)
+
+
+def _bounds_ref(refs, documents: bool):
+    return (refs[0], refs[1:]) if documents else (None, refs)
+
+
+def _keys_seen(first_ref, i, M: int, N: int):
+    """Of block i of M queries: j -> mask [M, N] of block j of N keys, and the bounds of the walk."""
+    query_M = i * M + jnp.arange(M)
+    first_M = None if first_ref is None else first_ref[pl.ds(i * M, M)]
+    ends = (0, 0) if first_ref is None else (first_ref[i * M], first_ref[i * M + M - 1])
+
+    def seen(j):
+        key_N = j * N + jnp.arange(N)
+        causal_MN = key_N[None, :] <= query_M[:, None]
+        return causal_MN if first_M is None else causal_MN & (key_N[None, :] >= first_M[:, None])
+
+    return seen, key_blocks(i, M, N, *ends)
+
+
+def _call(name: str, kernel, static: Static, grid, in_specs, out_specs, out_shape, bounds_BT, arguments):
+    if bounds_BT is not None:
+        in_specs = [pl.BlockSpec((None, static.tokens), lambda x, y, b: (b, 0)), *in_specs]
+        arguments = [bounds_BT, *arguments]
+    return pl.pallas_call(
+        functools.partial(kernel, static=static),
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=static.block.warps, num_stages=static.block.stages),
+        name=name,
+        interpret=static.interpret,
+    )(*arguments)
+
+
+def _query_specs(block: Block, T: int, R: int, K: int):
+    """Grid (heads, blocks, batch): a block of queries of [B, T, H, K] and [B, H, T], the keys of their group.
+
+    The first axis of the grid runs fastest, so heads that share keys run together; late queries, which see most keys,
+    start first.
+    """
+    late = T // block.held - 1
+    queries = pl.BlockSpec((None, block.held, None, K), lambda h, i, b: (b, late - i, h, 0))
+    rows = pl.BlockSpec((None, None, block.held), lambda h, i, b: (b, h, late - i))
+    keys = pl.BlockSpec((None, T, None, K), lambda h, i, b: (b, 0, h // R, 0))
+    return queries, rows, keys
 
 
 def forward(
@@ -148,21 +303,61 @@ def forward(
     soft_cap: float | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
+    """o [B, T, H, K] in q's dtype and the log-sum-exp of each row's scores, float32 [B, H, T].
+
+    Query t of head h sees keys first[t] .. t (0 .. t without ranges) of kv head h // (H/G).
+    """
     B, T, H, K = q_BTHK.shape
-    R = H // k_BTGK.shape[2]
     block = _blocks(kind, K, q_BTHK.dtype, T).fwd
-    blocks = T // block.held
-    documents = ranges is not None
-    queries = pl.BlockSpec((None, block.held, None, K), lambda h, i, b: (b, blocks - 1 - i, h, 0))
-    keys = pl.BlockSpec((None, T, None, K), lambda h, i, b: (b, 0, h // R, 0))
-    bounds = pl.BlockSpec((None, T), lambda h, i, b: (b, 0))
-    return pl.pallas_call(
-        functools.partial(attn_fwd, block=block, tokens=T, soft_cap=soft_cap, documents=documents),
-        grid=(H, blocks, B),  # the first axis runs fastest: heads that share keys run together
-        in_specs=[bounds] * documents + [queries, keys, keys],
-        out_specs=[queries, pl.BlockSpec((None, None, block.held), lambda h, i, b: (b, h, blocks - 1 - i))],
-        out_shape=[jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
-        name="attn_fwd",
-        interpret=interpret,
-    )(*([ranges.first_BT] if documents else []), q_BTHK, k_BTGK, v_BTGK)
+    queries, rows, keys = _query_specs(block, T, H // k_BTGK.shape[2], K)
+    o_lse = [jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)]
+    static = Static(block, T, Scores(K, soft_cap), ranges is not None, bool(interpret))
+    first_BT = None if ranges is None else ranges.first_BT
+    grid, arguments = (H, T // block.held, B), [q_BTHK, k_BTGK, v_BTGK]
+    return _call("attn_fwd", attn_fwd, static, grid, [queries, keys, keys], [queries, rows], o_lse, first_BT, arguments)
+
+
+def backward(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    do_BTHK: jax.Array,
+    lse_BHT: jax.Array,
+    delta_BHT: jax.Array,
+    ranges: Ranges | None,
+    *,
+    kind: str,
+    soft_cap: float | None = None,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk, dv like q, k, v.  delta is rowsum(o do) - dlse, float32 [B, H, T], lse as `forward` gave it."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BTGK.shape[2]
+    R = H // G
+    blocks = _blocks(kind, K, q_BTHK.dtype, T)
+    static = Static(blocks.dq, T, Scores(K, soft_cap), ranges is not None, bool(interpret))
+    first_BT, end_BT = ranges or (None, None)
+    arguments = [q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT]
+
+    queries, rows, keys = _query_specs(blocks.dq, T, R, K)
+    specs, dq = [queries, keys, keys, queries, rows, rows], jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype)
+    dq_BTHK = _call("attn_dq", attn_dq, static, (H, T // blocks.dq.held, B), specs, queries, dq, first_BT, arguments)
+
+    N = blocks.dkv.held
+    # A small batch has too few blocks of keys for the device: then parts of a group work apart and are summed.
+    parts = 1
+    while R % (2 * parts) == 0 and B * G * (T // N) * parts < PROGRAMS:
+        parts *= 2
+    heads = pl.BlockSpec((None, T, R // parts, K), lambda p, j, b: (b, 0, p, 0))
+    rows = pl.BlockSpec((None, R // parts, T), lambda p, j, b: (b, p, 0))
+    keys = pl.BlockSpec((None, N, None, K), lambda p, j, b: (b, j, p // parts, 0))
+    out = pl.BlockSpec((None, N, None, K), lambda p, j, b: (b, j, p, 0))
+    dk, dv = (
+        jax.ShapeDtypeStruct((B, T, G * parts, K), x.dtype if parts == 1 else jnp.float32) for x in (k_BTGK, v_BTGK)
+    )
+    grid, specs = (G * parts, T // N, B), [heads, keys, keys, heads, rows, rows]
+    static = static._replace(block=blocks.dkv)
+    dk, dv = _call("attn_dkv", attn_dkv, static, grid, specs, [out, out], [dk, dv], end_BT, arguments)
+    if parts > 1:
+        dk, dv = (x.reshape(B, T, G, parts, K).sum(axis=3).astype(k_BTGK.dtype) for x in (dk, dv))
+    return dq_BTHK, dk, dv
