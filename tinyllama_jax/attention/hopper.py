@@ -24,15 +24,18 @@ from tinyllama_jax.attention.hopper_tiles import (
     GRANULE,
     LN2,
     LOG2E,
+    PER_ROW,
     PRODUCER_REGISTERS,
     ROWS,
     TILES,
+    fill_ring,
     filled,
+    inside,
     interpreter,
-    iota,
     multiply,
     operand,
     per_row,
+    positions,
     product,
     staged,
     tiles,
@@ -92,16 +95,12 @@ def forward(
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def copy(j, _):
-                step = j - begin
-                slot = lax.rem(step, jnp.int32(stages))
-                keys = (b, pl.ds(j * block, block), lax.div(h, jnp.int32(H // G)))
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+            def copy(step, slot):
+                keys = (b, pl.ds((begin + step) * block, block), lax.div(h, jnp.int32(H // G)))
                 plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], k_full.at[slot])
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
                 plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], v_full.at[slot])
 
-            lax.fori_loop(begin, end, copy, None)
+            fill_ring(end - begin, stages, copy, k_free, v_free)
 
         @pl.when(wg < CONSUMERS)
         def consume():
@@ -110,17 +109,13 @@ def forward(
             q_smem, left = qo_smem.at[wg], staging[0].at[wg] if staging else None
             plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), h], q_smem, q_full.at[wg])
             if first_ref is not None:
-                rows = first_ref.at[b, pl.ds(row, ROWS)]
-                first = plgpu.load(rows, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                first = plgpu.load(first_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
 
             def softmax(s, j, m, total, masked):
                 """p of one block, the factor by which older results shrink, and the new maximum and sum."""
                 if masked:
-                    key = iota(score, 1) + j * block
-                    seen = key <= iota(score, 0) + row
-                    if first_ref is not None:
-                        seen &= key >= per_row(first, score)
-                    s = jnp.where(seen, s, -jnp.inf)
+                    low = None if first_ref is None else first - j * block
+                    s = jnp.where(inside(score, low, positions() + (row + 1 - j * block)), s, -jnp.inf)
                 new_m = jnp.maximum(m, s.max(axis=1) * scale2)
                 shrink = jnp.exp2(m - new_m)
                 p = jnp.exp2(s * scale2 - per_row(new_m, score))
@@ -169,7 +164,9 @@ def forward(
 
                 def compute(o_acc):
                     multiply(o_acc, p, v_smem.at[before], left)
-                    return o_acc[...]
+                    o = o_acc[...]
+                    plgpu.barrier_arrive(v_free.at[before])
+                    return o
 
                 return acc * per_row(shrink, acc.shape) + pl.run_scoped(compute, plgpu.ACC((ROWS, K)))
 

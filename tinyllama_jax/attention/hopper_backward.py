@@ -24,20 +24,21 @@ from tinyllama_jax.attention.hopper_tiles import (
     CONSUMERS,
     GRANULE,
     LOG2E,
+    PER_COLUMN,
+    PER_ROW,
     PRODUCER_REGISTERS,
     ROWS,
+    fill_ring,
+    inside,
     interpreter,
-    iota,
     multiply,
     operand,
     per_column,
     per_row,
+    positions,
     staged,
     tiles,
 )
-
-PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def dq(
@@ -61,15 +62,12 @@ def dq(
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def copy(j, _):
-                step = j - begin
-                slot = lax.rem(step, jnp.int32(stages))
-                keys = (b, pl.ds(j * block, block), lax.div(h, jnp.int32(H // G)))
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            def copy(step, slot):
+                keys = (b, pl.ds((begin + step) * block, block), lax.div(h, jnp.int32(H // G)))
                 plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], full.at[slot])
 
-            lax.fori_loop(begin, end, copy, None)
+            fill_ring(end - begin, stages, copy, free)
 
         @pl.when(wg < CONSUMERS)
         def consume():
@@ -99,11 +97,8 @@ def dq(
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 + older)
                     p = jnp.exp2(s * (scale * LOG2E) - per_row(lse2, score))
                     if masked:
-                        key = iota(score, 1) + j * block
-                        seen = key <= iota(score, 0) + row
-                        if first_ref is not None:
-                            seen &= key >= per_row(first, score)
-                        p = jnp.where(seen, p, 0.0)
+                        low = None if first_ref is None else first - j * block
+                        p = jnp.where(inside(score, low, positions() + (row + 1 - j * block)), p, 0.0)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=older)
                     ds = p * (dp - per_row(delta, score))
                     if older:
@@ -122,7 +117,10 @@ def dq(
                     ds = lax.fori_loop(start, clear_start, lambda j, x: gradient_of_scores(j, True, dq_acc, x), ds)
                 ds = lax.fori_loop(clear_start, diagonal, lambda j, x: gradient_of_scores(j, False, dq_acc, x), ds)
                 ds = lax.fori_loop(diagonal, end, lambda j, x: gradient_of_scores(j, True, dq_acc, x), ds)
-                multiply(dq_acc, ds, k_smem.at[lax.rem(end - 1 - begin, jnp.int32(stages))], left)
+                slot = lax.rem(end - 1 - begin, jnp.int32(stages))
+                multiply(dq_acc, ds, k_smem.at[slot], left)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free.at[slot])
                 return dq_acc[...]
 
             q_smem[...] = (pl.run_scoped(accumulate, plgpu.ACC((ROWS, K))) * scale).astype(dtype)
@@ -180,17 +178,15 @@ def dkv(
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def copy(step, _):
-                slot = lax.rem(step, jnp.int32(stages))
+            def copy(step, slot):
                 h, i = g * R + lax.div(step, count), begin + lax.rem(step, count)
                 rows = pl.ds(i * block, block)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[slot], full.at[slot])
 
-            lax.fori_loop(0, R * count, copy, None)
+            fill_ring(R * count, stages, copy, free)
 
         @pl.when(wg < CONSUMERS)
         def consume():
@@ -201,15 +197,11 @@ def dkv(
             plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(row, ROWS), g], k_smem, own.at[wg])
             plgpu.copy_gmem_to_smem(v_ref.at[b, pl.ds(row, ROWS), g], v_smem, own.at[wg])
             if end_ref is not None:
-                last = plgpu.load(end_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
+                past_last = plgpu.load(end_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
             plgpu.barrier_wait(own.at[wg])
 
-            def begin_sums(dk_acc, dv_acc, p, ds, slot):
-                multiply(dv_acc, p, do_smem.at[slot], left_p)
-                multiply(dk_acc, ds, q_smem.at[slot], left_ds)
-
-            def tile(r, i, masked, dk_acc, dv_acc, older):
-                """P^T and dS^T of queries i of head r; meanwhile dV and dK of the tile before, if there is one."""
+            def tile(r, i, masked, dk_acc, dv_acc, older_ds):
+                """dV and dS^T of queries i of head r; meanwhile dK of the tile before, if there is one."""
                 step = r * count + i - begin
                 slot = lax.rem(step, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
@@ -217,46 +209,47 @@ def dkv(
                 def compute(s_acc, dp_acc):
                     plgpu.wgmma(s_acc, k_smem, q_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(dp_acc, v_smem, do_smem.at[slot].transpose((1, 0)))
-                    running = 0 if older is None else 2
-                    if running:
+                    older = 0 if older_ds is None else 1
+                    if older:
                         before = lax.rem(step - 1, jnp.int32(stages))
-                        begin_sums(dk_acc, dv_acc, *older, before)
+                        multiply(dk_acc, older_ds, q_smem.at[before], left_ds)
                     lse2 = plgpu.load(lse_smem.at[slot], layout=PER_COLUMN) * LOG2E
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 + running)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 + older)
                     p = jnp.exp2(s * (scale * LOG2E) - per_column(lse2, score))
                     if masked:
-                        query = iota(score, 1) + i * block
-                        seen = query >= iota(score, 0) + row
-                        if end_ref is not None:
-                            seen &= query < per_row(last, score)
-                        p = jnp.where(seen, p, 0.0)
+                        past = None if end_ref is None else past_last - i * block
+                        p = jnp.where(inside(score, positions() + (row - i * block), past), p, 0.0)
+                    multiply(dv_acc, p.astype(dtype), do_smem.at[slot], left_p)
                     delta = plgpu.load(delta_smem.at[slot], layout=PER_COLUMN)
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=running)
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1 + older)
                     ds = p * (dp - per_column(delta, score))
-                    if running:
-                        plgpu.wgmma_wait(0)
+                    plgpu.wgmma_wait(0)
+                    if older:
                         plgpu.barrier_arrive(free.at[before])
-                    return p.astype(dtype), ds.astype(dtype)
+                    return ds.astype(dtype)
 
                 return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC(score))
 
             def accumulate(dk_acc, dv_acc):
-                def queries(r, start, older):
+                def queries(r, start, ds):
                     clear_start = jnp.maximum(clear_begin, start)
                     clear_stop = jnp.maximum(clear_end, clear_start)
 
                     def visit(masked):
-                        return lambda i, older: tile(r, i, masked, dk_acc, dv_acc, older)
+                        return lambda i, ds: tile(r, i, masked, dk_acc, dv_acc, ds)
 
-                    older = lax.fori_loop(start, clear_start, visit(True), older)
-                    older = lax.fori_loop(clear_start, clear_stop, visit(False), older)
+                    ds = lax.fori_loop(start, clear_start, visit(True), ds)
+                    ds = lax.fori_loop(clear_start, clear_stop, visit(False), ds)
                     if end_ref is not None:
-                        older = lax.fori_loop(clear_stop, end, visit(True), older)
-                    return older
+                        ds = lax.fori_loop(clear_stop, end, visit(True), ds)
+                    return ds
 
-                older = tile(0, begin, True, dk_acc, dv_acc, None)
-                older = lax.fori_loop(0, R, lambda r, older: queries(r, begin + jnp.where(r == 0, 1, 0), older), older)
-                begin_sums(dk_acc, dv_acc, *older, lax.rem(R * count - 1, jnp.int32(stages)))
+                ds = tile(0, begin, True, dk_acc, dv_acc, None)
+                ds = lax.fori_loop(0, R, lambda r, ds: queries(r, begin + jnp.where(r == 0, 1, 0), ds), ds)
+                slot = lax.rem(R * count - 1, jnp.int32(stages))
+                multiply(dk_acc, ds, q_smem.at[slot], left_ds)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free.at[slot])
                 return dk_acc[...], dv_acc[...]
 
             dk, dv = pl.run_scoped(accumulate, plgpu.ACC((ROWS, K)), plgpu.ACC((ROWS, K)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -16,10 +18,11 @@ from tinyllama_jax.config import ConfigError
 CONSUMERS = 2  # warpgroups that compute; one more only copies
 ROWS = 64  # rows of a tensor core instruction: what one consumer holds
 GRANULE = CONSUMERS * ROWS  # rows of one thread block
+PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 
 # Of a block's 64 Ki registers a thread has 168 when it starts; the copying warpgroup gives most of its own away.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
 class Tiles(NamedTuple):
@@ -77,14 +80,25 @@ def per_column(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(vector, shape, (1,))
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+def positions() -> jax.Array:
+    """0 .. ROWS - 1, one per row of a product."""
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
+
+
+def inside(shape: tuple[int, int], low: jax.Array | None, past: jax.Array | None) -> jax.Array:
+    """Where a column's index is in [low, past) of its row; None: no bound.
+
+    Both bounds are taken per row, not per element: the compiler would keep the latter in registers that are not there.
+    """
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    bounds = [] if low is None else [column >= per_row(low, shape)]
+    bounds += [] if past is None else [column < per_row(past, shape)]
+    return functools.reduce(operator.and_, bounds)
 
 
 def filled(shape: tuple[int, ...], value: float) -> jax.Array:
     """Float32 in registers, laid out as a product of the tensor cores or as one value per row of it."""
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA if len(shape) == 2 else PER_ROW)
 
 
 def product(left, right) -> jax.Array:
@@ -95,6 +109,25 @@ def product(left, right) -> jax.Array:
         return acc[...]
 
     return pl.run_scoped(compute, plgpu.ACC((left.shape[0], right.shape[1])))
+
+
+def fill_ring(steps, stages: int, copy, *free) -> None:
+    """copy(step, slot) for all steps, each as soon as `free[slot]` says that the step before in its slot is done with.
+
+    Ends when all of them are: a barrier should not outlive those who wait for it.
+    """
+
+    def fill(step, _):
+        slot = lax.rem(step, jnp.int32(stages))
+
+        @pl.when(step >= stages)
+        def wait():
+            for barrier in free:
+                plgpu.barrier_wait(barrier.at[slot])
+
+        pl.when(step < steps)(lambda: copy(step, slot))
+
+    lax.fori_loop(0, steps + stages, fill, None)
 
 
 def interpreter(interpret):
