@@ -88,12 +88,17 @@ def forward(
         )
         b, h, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
         i = T // GRANULE - 1 - lax.axis_index("block")  # the longest rows first
-        ends = (0, 0) if first_ref is None else (first_ref[b, i * GRANULE], first_ref[b, i * GRANULE + GRANULE - 1])
-        begin, clear_begin, clear_end, end = key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
+
+        def visited():
+            # By each warpgroup for itself: the producer has no registers for what only the others need.
+            top, bottom = i * GRANULE, i * GRANULE + GRANULE - 1
+            ends = (0, 0) if first_ref is None else (first_ref[b, top], first_ref[b, bottom])
+            return key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
 
         @pl.when(wg == CONSUMERS)
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            begin, _, _, end = visited()
 
             def copy(step, slot):
                 keys = (b, pl.ds((begin + step) * block, block), lax.div(h, jnp.int32(H // G)))
@@ -105,6 +110,7 @@ def forward(
         @pl.when(wg < CONSUMERS)
         def consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            begin, clear_begin, clear_end, end = visited()
             row = i * GRANULE + wg * ROWS
             q_smem, left = qo_smem.at[wg], staging[0].at[wg] if staging else None
             plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), h], q_smem, q_full.at[wg])
@@ -134,6 +140,7 @@ def forward(
                 give_turn()
                 plgpu.barrier_arrive(k_free.at[0])
                 p, _, m, total = softmax(s, begin, filled((ROWS,), LOWEST), filled((ROWS,), 0.0), masked=True)
+                plgpu.barrier_wait(v_full.at[0])
                 return filled((ROWS, K), 0.0), p.astype(dtype), filled((ROWS,), 0.0), m, total
 
             def next_block(j, carry, masked):
@@ -142,7 +149,6 @@ def forward(
                 slot = lax.rem(j - begin, jnp.int32(stages))
                 before = lax.rem(j - 1 - begin, jnp.int32(stages))
                 plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_wait(v_full.at[before])
                 take_turn()
 
                 def compute(s_acc, o_acc):
@@ -151,16 +157,19 @@ def forward(
                     give_turn()
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                     plgpu.barrier_arrive(k_free.at[slot])
-                    new_p, new_shrink, new_m, new_total = softmax(s, j, m, total, masked)
+                    new_p, *new = softmax(s, j, m, total, masked)
+                    # The assembler would move the wait for the values up, before the exponentials that it is to run
+                    # beside; it does not move them over the branch of a barrier, and this one is needed anyway.
+                    new_p, *new = lax.optimization_barrier((new_p, *new))
+                    plgpu.barrier_wait(v_full.at[slot])
                     o = o_acc[...]
                     plgpu.barrier_arrive(v_free.at[before])
-                    return acc * per_row(shrink, acc.shape) + o, new_p.astype(dtype), new_shrink, new_m, new_total
+                    return acc * per_row(shrink, acc.shape) + o, new_p.astype(dtype), *new
 
                 return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC((ROWS, K)))
 
             def last_values(acc, p, shrink):
                 before = lax.rem(end - 1 - begin, jnp.int32(stages))
-                plgpu.barrier_wait(v_full.at[before])
 
                 def compute(o_acc):
                     multiply(o_acc, p, v_smem.at[before], left)

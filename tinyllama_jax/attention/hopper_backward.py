@@ -55,12 +55,17 @@ def dq(
         dq_ref, q_smem2, do_smem2, k_smem, v_smem, own, full, free, *staging = refs if ranges is None else refs[1:]
         b, h, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
         i = T // GRANULE - 1 - lax.axis_index("block")  # the longest rows first
-        ends = (0, 0) if first_ref is None else (first_ref[b, i * GRANULE], first_ref[b, i * GRANULE + GRANULE - 1])
-        begin, clear_begin, clear_end, end = key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
+
+        def visited():
+            # By each warpgroup for itself: the producer has no registers for what only the others need.
+            top, bottom = i * GRANULE, i * GRANULE + GRANULE - 1
+            ends = (0, 0) if first_ref is None else (first_ref[b, top], first_ref[b, bottom])
+            return key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
 
         @pl.when(wg == CONSUMERS)
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            begin, _, _, end = visited()
 
             def copy(step, slot):
                 keys = (b, pl.ds((begin + step) * block, block), lax.div(h, jnp.int32(H // G)))
@@ -72,6 +77,7 @@ def dq(
         @pl.when(wg < CONSUMERS)
         def consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            begin, clear_begin, clear_end, end = visited()
             row = i * GRANULE + wg * ROWS
             q_smem, do_smem, left = q_smem2.at[wg], do_smem2.at[wg], staging[0].at[wg] if staging else None
             plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), h], q_smem, own.at[wg])
@@ -82,10 +88,13 @@ def dq(
                 first = plgpu.load(first_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
             plgpu.barrier_wait(own.at[wg])
 
+            def await_tile(j):
+                slot = lax.rem(j - begin, jnp.int32(stages))
+                pl.when(j < end)(lambda: plgpu.barrier_wait(full.at[slot]))
+
             def gradient_of_scores(j, masked, dq_acc, older_ds):
                 """dS of block j; meanwhile dQ of block j - 1, if there is one."""
                 slot = lax.rem(j - begin, jnp.int32(stages))
-                plgpu.barrier_wait(full.at[slot])
 
                 def compute(s_acc, dp_acc):
                     plgpu.wgmma(s_acc, q_smem, k_smem.at[slot].transpose((1, 0)))
@@ -100,7 +109,8 @@ def dq(
                         low = None if first_ref is None else first - j * block
                         p = jnp.where(inside(score, low, positions() + (row + 1 - j * block)), p, 0.0)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=older)
-                    ds = p * (dp - per_row(delta, score))
+                    ds = lax.optimization_barrier(p * (dp - per_row(delta, score)))
+                    await_tile(j + 1)
                     if older:
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(free.at[before])
@@ -109,6 +119,7 @@ def dq(
                 return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC(score))
 
             def accumulate(dq_acc):
+                await_tile(begin)
                 ds = gradient_of_scores(begin, True, dq_acc, None)
                 start = begin + 1
                 clear_start = jnp.maximum(clear_begin, start)
@@ -170,13 +181,17 @@ def dkv(
         lse_smem, delta_smem, own, full, free, *staging = refs
         b, g, wg = lax.axis_index("batch"), lax.axis_index("group"), lax.axis_index("warpgroup")
         j = lax.axis_index("block")
-        ends = (T, T) if end_ref is None else (end_ref[b, j * GRANULE], end_ref[b, j * GRANULE + GRANULE - 1])
-        begin, clear_begin, clear_end, end = query_blocks(j, GRANULE, block, *map(jnp.int32, ends))
-        count = end - begin
+
+        def visited():
+            top, bottom = j * GRANULE, j * GRANULE + GRANULE - 1
+            ends = (T, T) if end_ref is None else (end_ref[b, top], end_ref[b, bottom])
+            return query_blocks(j, GRANULE, block, *map(jnp.int32, ends))
 
         @pl.when(wg == CONSUMERS)
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            begin, _, _, end = visited()
+            count = end - begin
 
             def copy(step, slot):
                 h, i = g * R + lax.div(step, count), begin + lax.rem(step, count)
@@ -191,6 +206,8 @@ def dkv(
         @pl.when(wg < CONSUMERS)
         def consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            begin, clear_begin, clear_end, end = visited()
+            count = end - begin
             row = j * GRANULE + wg * ROWS
             k_smem, v_smem = k_smem2.at[wg], v_smem2.at[wg]
             left_p, left_ds = (s.at[wg] for s in staging) if staging else (None, None)
