@@ -14,63 +14,33 @@ not enough for a speed.  Exit status 1 when a check failed or no speed was measu
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import datetime
 import importlib
-import importlib.metadata
 import json
-import multiprocessing
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from lines import RESULTS, ROOT, device, isolated, versions
+
 NEEDED = ("jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "sentencepiece", "tokenizers", "tqdm")
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # (sequences in a micro-batch, remat, attention), the most promising first, in case the time does not suffice.
 SPEEDS = (
-    (8, "save_dots", "auto"),
+    (8, "save_dots_and_attention", "auto"),
+    (8, "none", "auto"),
+    (16, "save_dots_and_attention", "auto"),
     (8, "full", "auto"),
-    (4, "save_dots", "auto"),
-    (16, "full", "auto"),
+    (8, "save_dots_and_attention", "triton"),
+    (8, "save_dots_and_attention", "hopper"),
     (8, "save_dots", "xla"),
-    (16, "save_dots", "auto"),
-    (1, "none", "auto"),
+    (16, "full", "auto"),
 )
 RESUME_TOLERANCE = 0.02  # nats: sums in another order, amplified over 270 steps; a wrong batch or state is far above
 PRECISION_TOLERANCE = 0.002  # of the loss; a bfloat16 has 8 bits, but a loss averages over tokens (CPU, 15M: 3e-5)
-
-
-def isolated(function: Callable, *arguments) -> Any:
-    """What the function returns, in a process of its own: it has the device to itself and gives all memory back."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def device() -> dict:
-    import jax
-
-    first = jax.devices()[0]
-    about = " ".join(first.client.platform_version.split())
-    return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count(), "about": about}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 # -- resume ------------------------------------------------------------------------------------------------
@@ -174,28 +144,26 @@ def precision(preset_name: str, steps: int, sequences: int = 2, length: int = 51
 
 
 def speed(preset_name: str, steps: int, length: int, micro: int, remat: str, attention: str) -> dict:
-    """One line of benchmarks/train_step.py, two micro-batches to a step; or why there is none."""
+    """What benchmarks/train_step.py measures, two micro-batches to a step; or why there is nothing."""
     import train_step
 
+    from tinyllama_jax.config import Data, Execution, Run, Stage
     from tinyllama_jax.presets import preset
 
-    arguments = {
-        "--sequence-tokens": length,
-        "--batch-sequences": 2 * micro,
-        "--micro-batch-sequences": micro,
-        "--remat": remat,
-        "--attention": attention,
-        "--steps": steps,
-    }
-    args = train_step.options([str(part) for pair in arguments.items() for part in pair])
-    try:
-        measured = train_step.measure(preset_name, preset(preset_name), args)
-        return {"ok": True, **named(micro, remat, attention), **measured}
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        why = "does not fit the device's memory"
-        return {"ok": None, **named(micro, remat, attention), "why": why}
+    tokens = 2 * micro * length
+    run = Run(
+        name="speed",
+        model=preset(preset_name),
+        data=Data(store="-", sequence_tokens=length),
+        curriculum=(Stage(name="main", tokens=tokens, batch_tokens=tokens, mixture={"random": 1.0}),),
+        execution=Execution(micro_batch_sequences=micro, remat=remat, attention=attention),
+    )
+    result = train_step.tried(run, steps)
+    if "failed" in result:
+        raise RuntimeError(result["failed"])
+    if "skipped" in result:
+        return {"ok": None, **named(micro, remat, attention), "why": result["skipped"]}
+    return {"ok": True, "model": preset_name, **named(micro, remat, attention), **result}
 
 
 def named(micro: int, remat: str, attention: str) -> dict:
@@ -223,7 +191,7 @@ def main() -> int:
     parser.add_argument("--sequence-tokens", type=int, default=2048, metavar="N", help="for speed (2048)")
     parser.add_argument("--seconds", type=float, default=400, help="no measurement of speed begins later (400)")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU; says nothing about a GPU")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "benchmarks/results")))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", RESULTS)))
     args = parser.parse_args()
     begin = time.monotonic()
     absent = missing()

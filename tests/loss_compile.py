@@ -16,43 +16,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run; JAX must not look for the
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import config
 from tinyllama_jax.loss import training_loss
+from tinyllama_jax.preflight import targets
 from tinyllama_jax.sharding import BATCH, make_mesh
 
 B, T, D, V = 8, 2048, 2048, 32_000
-
-# What XLA's GPU compiler wants to know of an A100-SXM4-40GB: NVIDIA's A100 data sheet, and the CUDA C++ programming
-# guide's table of technical specifications for compute capability 8.0.
-A100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 8 minor: 0 }
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 166912
-  shared_memory_per_core: 167936
-  core_count: 108
-  fpus_per_core: 64
-  clock_rate_ghz: 1.41
-  memory_bandwidth: 1555000000000
-  l2_cache_size: 41943040
-  device_memory_size: 42949672960
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA A100-SXM4-40GB"
-"""
 
 
 def dense(x, w, targets, valid):
@@ -62,7 +34,7 @@ def dense(x, w, targets, valid):
 
 
 def main(how: str, z_loss: str = "0") -> dict:
-    device = topologies.get_topology_desc("a100", "cuda", target_config=A100, topology="1x1x1").devices[0]
+    device = targets.parse("a100-40g").devices()[0]
     mesh = make_mesh(config.Mesh(), [device])
 
     def array(shape, dtype, *spec):
