@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
 
 # head_dim -> tiles; the largest that the compiler fits into the registers without spilling.
-TILES = {64: Tiles(128, 128, 64, 3), 128: Tiles(64, 64, 64, 2)}
+TILES = {64: Tiles(128, 128, 64, 3), 128: Tiles(64, 64, 32, 3)}
 
 
 def tiles(kind: str, head_dim: int) -> Tiles:
@@ -49,9 +49,12 @@ def tiles(kind: str, head_dim: int) -> Tiles:
     return TILES[head_dim]
 
 
-def operand(shape: tuple[int, ...], dtype) -> plgpu.GPUMemoryRef:
-    """Shared memory that the tensor cores read: 8 x 64 tiles, swizzled over 128 bytes."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def operand(shape: tuple[int, ...], dtype, block: int = 64) -> plgpu.GPUMemoryRef:
+    """Shared memory that the tensor cores read: tiles of 8 rows, swizzled over 128 bytes, or 64 for blocks of 32."""
+    columns = min(block, 64)
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+    )
 
 
 def multiply(acc, left: jax.Array, right, staging) -> None:
@@ -69,7 +72,7 @@ def multiply(acc, left: jax.Array, right, staging) -> None:
 
 def staged(interpret, shape: tuple[int, ...], dtype) -> list:
     """Scratch for `multiply`, one per consumer: none on a GPU."""
-    return [operand((CONSUMERS, *shape), dtype)] if interpret else []
+    return [operand((CONSUMERS, *shape), dtype, shape[1])] if interpret else []
 
 
 def per_row(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
