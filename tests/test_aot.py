@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_78_with_the_shortfall():
     status, value, last = preflight("h100", "--as-written", *keep_all, *big, *alone)
     assert status == 78 and not value["fits"]
     assert value["shortfall_bytes"] == value["bytes_per_device"]["total"] - value["capacity_bytes"] > 0
-    assert last.startswith(f"tinyllama preflight: {V1_0} does not fit h100: as written, 64 sequences per device need")
+    assert last.startswith(f"tinyllama preflight: {V1_0} does not fit h100: as written, 64 sequences per device take")
 
 
 def test_one_sequence_too_many_is_found_by_the_search():

@@ -444,7 +444,7 @@ def test_nothing_fits_is_78_with_the_shortfall(asked):
     status, value, said = asked(16.0, 1.0)
     assert status == 78 and not value["fits"] and value["micro_batch"] == 1
     assert value["shortfall_bytes"] == 17 * GIB - CAPACITY and value["set"] is None
-    assert "1 sequence per device need 17.00 GiB of 15.75 GiB, 1.25 GiB too much" in said.splitlines()[-1]
+    assert "1 sequence per device take 17.00 GiB of 15.75 GiB, 1.25 GiB too much" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("target, package", [("v5e:4x4", "libtpu"), ("a100-40g:2x8", "jax-cuda13-plugin")])

@@ -147,7 +147,7 @@ class Target:
             return topologies.get_topology_desc(name, "cuda", target_config=config, topology=layout).devices
         options = dict(TPUS[name].options)
         if self.count == 1:  # a host has four chips unless it is told otherwise
-            options["chips_per_host_bounds"] = [1] * len(self.shape)
+            options["chips_per_host_bounds"] = [1, 1, 1]
         text = f"{name}:{'x'.join(map(str, self.shape))}"
         try:
             return topologies.get_topology_desc(text, "tpu", **options).devices

@@ -60,7 +60,7 @@ class _Preflight:
             self.measured[key] = account
             verdict = "fits" if account["fits"] else "does not fit"
             self.say(
-                f"  {rows} sequences per device: {human(account['total'])} of {human(self.target.capacity_bytes)}, "
+                f"  {sequences(rows)} per device: {human(account['total'])} of {human(self.target.capacity_bytes)}, "
                 f"{verdict} ({account['seconds']:.0f} s)"
             )
         return self.measured[key]
@@ -149,13 +149,17 @@ class _Preflight:
 
     def refusal(self, value: dict[str, Any], as_written: bool) -> str:
         rows = value["micro_batch"]
-        what = f"{'as written, ' if as_written else ''}{rows} sequence{'s' * (rows > 1)} per device"
+        what = f"{'as written, ' if as_written else ''}{sequences(rows)} per device"
         cure = f"a smaller execution.micro_batch_sequences, {LESS}" if as_written and rows > 1 else LESS
         need = human(value["bytes_per_device"]["total"])
         return (
-            f"{self.experiment} does not fit {self.target.name}: {what} need {need} of "
+            f"{self.experiment} does not fit {self.target.name}: {what} take {need} of "
             f"{human(value['capacity_bytes'])}, {human(value['shortfall_bytes'])} too much; {cure}"
         )
+
+
+def sequences(n: int) -> str:
+    return f"{n} sequence{'s' * (n > 1)}"
 
 
 def human(size: float) -> str:
@@ -173,7 +177,7 @@ def lines(value: dict[str, Any]) -> list[str]:
         ("devices", f"{value['devices']} x {value['device_kind']}, {mesh}"),
         (
             "micro-batch",
-            f"{value['micro_batch']} sequences ({value['micro_batch_tokens_per_device']:,} tokens) per device, "
+            f"{sequences(value['micro_batch'])} ({value['micro_batch_tokens_per_device']:,} tokens) per device, "
             f"{value['micro_batches']} per step of stage {value['stage']!r}",
         ),
     ]
