@@ -48,12 +48,12 @@ def _bytes(types: str) -> list[int]:
 def _parse(text: str) -> tuple[dict[str, list[_Line]], str]:
     computations: dict[str, list[_Line]] = {}
     entry, lines = "", None
-    for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head and " = " not in line.split("(", 1)[0]:
+    for text_line in text.splitlines():
+        head = _HEAD.match(text_line)
+        if head and " = " not in text_line.split("(", 1)[0]:
             lines = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif lines is not None and (match := _INSTRUCTION.match(line)):
+        elif lines is not None and (match := _INSTRUCTION.match(text_line)):
             name, body = match.groups()
             # The type ends where the opcode begins: a word before a bracket, outside the type's own brackets.
             depth = end = 0
@@ -68,11 +68,11 @@ def _parse(text: str) -> tuple[dict[str, list[_Line]], str]:
     return computations, entry
 
 
-def _trips(line: _Line, computations: dict[str, list[_Line]]) -> int | None:
-    known = _TRIPS.search(line.rest)
+def _trips(loop: _Line, computations: dict[str, list[_Line]]) -> int | None:
+    known = _TRIPS.search(loop.rest)
     if known:
         return int(known[1])
-    condition = dict(_CALLED.findall(line.rest)).get("condition", "")
+    condition = dict(_CALLED.findall(loop.rest)).get("condition", "")
     limits = {
         int(line.rest.partition(")")[0])
         for line in computations.get(condition, [])
@@ -81,7 +81,7 @@ def _trips(line: _Line, computations: dict[str, list[_Line]]) -> int | None:
     return limits.pop() if len(limits) == 1 else None
 
 
-def _size(line: _Line, sizes: dict[str, int], kind: str) -> int:
+def _size(line: _Line, sizes: dict[str, int]) -> int:
     """Bytes of the whole array of one collective: the larger of what goes in and what comes out."""
     operands = re.findall(r"%([\w.\-]+)", line.rest[: line.rest.find(")")])
     taken = sum(sizes.get(o, 0) for o in operands)
@@ -103,7 +103,11 @@ def count(text: str) -> dict[str, Any]:
     unknown = 0
 
     def visit(name: str, times: int, scattered: bool) -> bool:
-        """Counts what one execution of computation `name` does, `times` over; whether it held any collective."""
+        """Counts `times` executions of computation `name`; whether it holds any collective.
+
+        scattered: its all-reduces are reduce-scatters, of which each device keeps a part.  Of a conditional every
+        branch is counted.
+        """
         nonlocal unknown
         lines = computations.get(name, [])
         if any('"AsyncCollectiveDone"' in line.rest for line in lines) or name.startswith("async_collective_fusion"):
@@ -118,18 +122,18 @@ def count(text: str) -> dict[str, Any]:
                 row = found.setdefault(kind, {"static": 0, "per_step": 0, "bytes_per_step": 0})
                 row["static"] += 1
                 row["per_step"] += times
-                row["bytes_per_step"] += times * _size(line, sizes, kind)
+                row["bytes_per_step"] += times * _size(line, sizes)
             elif line.opcode == "while":
                 trips = _trips(line, computations)
                 body = dict(_CALLED.findall(line.rest)).get("body", "")
-                if visit(body, times * (trips or 1), False):
+                if visit(body, times * (1 if trips is None else trips), False):
                     held, unknown = True, unknown + (trips is None)
             elif line.opcode in ("fusion", "call", "async-start", "conditional"):
-                called = [name for key, name in _CALLED.findall(line.rest) if key != "condition"]
+                called = [other for _, other in _CALLED.findall(line.rest)]
                 called += re.findall(r"%([\w.\-]+)", "".join(_BRANCHES.findall(line.rest)))
                 for other in called:
-                    names = (line.name, other)
-                    held |= visit(other, times, any(n.startswith("all-reduce-scatter") for n in names))
+                    scatters = line.name.startswith("all-reduce-scatter") or other.startswith("all-reduce-scatter")
+                    held |= visit(other, times, scatters)
         return held
 
     visit(entry, 1, False)
