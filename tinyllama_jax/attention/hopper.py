@@ -86,31 +86,36 @@ def forward(
         o_ref, lse_ref, qo_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, k_free, v_free, turn, *staging = (
             refs if ranges is None else refs[1:]
         )
-        b, h, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
-        i = T // GRANULE - 1 - lax.axis_index("block")  # the longest rows first
+        wg = lax.axis_index("warpgroup")
 
-        def visited():
-            # By each warpgroup for itself: the producer has no registers for what only the others need.
+        def place():
+            """Row, head and block of this thread block, and the blocks it visits.
+
+            By each warpgroup for itself: the producer has no registers for what only the others need.
+            """
+            b, h = lax.axis_index("batch"), lax.axis_index("head")
+            i = T // GRANULE - 1 - lax.axis_index("block")  # the longest rows first
             top, bottom = i * GRANULE, i * GRANULE + GRANULE - 1
             ends = (0, 0) if first_ref is None else (first_ref[b, top], first_ref[b, bottom])
-            return key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
+            return b, h, i, key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
 
         @pl.when(wg == CONSUMERS)
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            begin, _, _, end = visited()
+            b, h, _, (begin, _, _, end) = place()
 
-            def copy(step, slot):
-                keys = (b, pl.ds((begin + step) * block, block), lax.div(h, jnp.int32(H // G)))
+            def copy(j, slot):
+                keys = (b, pl.ds(j * block, block), lax.div(h, jnp.int32(H // G)))
                 plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], k_full.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], v_full.at[slot])
+                return j + 1
 
-            fill_ring(end - begin, stages, copy, k_free, v_free)
+            fill_ring(end - begin, stages, begin, copy, k_free, v_free)
 
         @pl.when(wg < CONSUMERS)
         def consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            begin, clear_begin, clear_end, end = visited()
+            b, h, i, (begin, clear_begin, clear_end, end) = place()
             row = i * GRANULE + wg * ROWS
             q_smem, left = qo_smem.at[wg], staging[0].at[wg] if staging else None
             plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), h], q_smem, q_full.at[wg])

@@ -53,31 +53,33 @@ def dq(
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
         first_ref = refs[0] if ranges is not None else None
         dq_ref, q_smem2, do_smem2, k_smem, v_smem, own, full, free, *staging = refs if ranges is None else refs[1:]
-        b, h, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
-        i = T // GRANULE - 1 - lax.axis_index("block")  # the longest rows first
+        wg = lax.axis_index("warpgroup")
 
-        def visited():
-            # By each warpgroup for itself: the producer has no registers for what only the others need.
+        def place():
+            """Row, head and block of this thread block, and the blocks it visits; by each warpgroup for itself."""
+            b, h = lax.axis_index("batch"), lax.axis_index("head")
+            i = T // GRANULE - 1 - lax.axis_index("block")  # the longest rows first
             top, bottom = i * GRANULE, i * GRANULE + GRANULE - 1
             ends = (0, 0) if first_ref is None else (first_ref[b, top], first_ref[b, bottom])
-            return key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
+            return b, h, i, key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
 
         @pl.when(wg == CONSUMERS)
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            begin, _, _, end = visited()
+            b, h, _, (begin, _, _, end) = place()
 
-            def copy(step, slot):
-                keys = (b, pl.ds((begin + step) * block, block), lax.div(h, jnp.int32(H // G)))
+            def copy(j, slot):
+                keys = (b, pl.ds(j * block, block), lax.div(h, jnp.int32(H // G)))
                 plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], full.at[slot])
+                return j + 1
 
-            fill_ring(end - begin, stages, copy, free)
+            fill_ring(end - begin, stages, begin, copy, free)
 
         @pl.when(wg < CONSUMERS)
         def consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            begin, clear_begin, clear_end, end = visited()
+            b, h, i, (begin, clear_begin, clear_end, end) = place()
             row = i * GRANULE + wg * ROWS
             q_smem, do_smem, left = q_smem2.at[wg], do_smem2.at[wg], staging[0].at[wg] if staging else None
             plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), h], q_smem, own.at[wg])
@@ -179,34 +181,36 @@ def dkv(
         end_ref = refs[0] if ranges is not None else None
         dk_ref, dv_ref, k_smem2, v_smem2, q_smem, do_smem, *refs = refs if ranges is None else refs[1:]
         lse_smem, delta_smem, own, full, free, *staging = refs
-        b, g, wg = lax.axis_index("batch"), lax.axis_index("group"), lax.axis_index("warpgroup")
-        j = lax.axis_index("block")
+        wg = lax.axis_index("warpgroup")
 
-        def visited():
+        def place():
+            """Row, head of keys and block of this thread block, and the blocks it is visited by."""
+            b, g, j = (lax.axis_index(axis) for axis in ("batch", "group", "block"))
             top, bottom = j * GRANULE, j * GRANULE + GRANULE - 1
             ends = (T, T) if end_ref is None else (end_ref[b, top], end_ref[b, bottom])
-            return query_blocks(j, GRANULE, block, *map(jnp.int32, ends))
+            return b, g, j, query_blocks(j, GRANULE, block, *map(jnp.int32, ends))
 
         @pl.when(wg == CONSUMERS)
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            begin, _, _, end = visited()
-            count = end - begin
+            b, g, _, (begin, _, _, end) = place()
 
-            def copy(step, slot):
-                h, i = g * R + lax.div(step, count), begin + lax.rem(step, count)
+            def copy(queries, slot):
+                h, i = queries
                 rows = pl.ds(i * block, block)
                 plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[slot], full.at[slot])
+                over = i + 1 == end
+                return jnp.where(over, h + 1, h), jnp.where(over, begin, i + 1)
 
-            fill_ring(R * count, stages, copy, free)
+            fill_ring(R * (end - begin), stages, (g * R, begin), copy, free)
 
         @pl.when(wg < CONSUMERS)
         def consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            begin, clear_begin, clear_end, end = visited()
+            b, g, j, (begin, clear_begin, clear_end, end) = place()
             count = end - begin
             row = j * GRANULE + wg * ROWS
             k_smem, v_smem = k_smem2.at[wg], v_smem2.at[wg]

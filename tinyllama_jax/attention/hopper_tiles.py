@@ -114,13 +114,13 @@ def product(left, right) -> jax.Array:
     return pl.run_scoped(compute, plgpu.ACC((left.shape[0], right.shape[1])))
 
 
-def fill_ring(steps, stages: int, copy, *free) -> None:
-    """copy(step, slot) for all steps, each as soon as `free[slot]` says that the step before in its slot is done with.
+def fill_ring(steps, stages: int, place, copy, *free) -> None:
+    """place = copy(place, slot) `steps` times, each once `free[slot]` says that what lay in the slot is done with.
 
-    Ends when all of them are: a barrier should not outlive those who wait for it.
+    Ends when all of it is: a barrier should not outlive those who wait for it.
     """
 
-    def fill(step, _):
+    def fill(step, place):
         slot = lax.rem(step, jnp.int32(stages))
 
         @pl.when(step >= stages)
@@ -128,9 +128,9 @@ def fill_ring(steps, stages: int, copy, *free) -> None:
             for barrier in free:
                 plgpu.barrier_wait(barrier.at[slot])
 
-        pl.when(step < steps)(lambda: copy(step, slot))
+        return lax.cond(step < steps, lambda: copy(place, slot), lambda: place)
 
-    lax.fori_loop(0, steps + stages, fill, None)
+    lax.fori_loop(0, steps + stages, fill, place)
 
 
 def interpreter(interpret):
