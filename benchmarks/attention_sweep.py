@@ -4,9 +4,9 @@
     python benchmarks/attention_sweep.py --passes dq,dkv --lengths 8192
 
 The forward pass is timed alone, dq and dkv within forward and backward, where the other passes stay as the table has
-them.  A line of JSON per configuration: `block` is (held, walked, warps, stages), null and first the one of the table, and
-`ratio` the time over that one's.  What does not compile or fit is a line with `skipped`.  The list at the end is sorted
-by time.
+them.  A line of JSON per configuration: `block` is (held, walked, warps, stages), null for the table's, which comes
+first; `ratio` is the time over that one's.  What does not compile or fit is a line with `skipped`.  The list at the end
+is sorted by time.
 """
 
 from __future__ import annotations
