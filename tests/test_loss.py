@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from quick_experiment import quick
+from quick_experiment import quick, quick_command
 
 from tinyllama_jax import config, configio, sharding
+from tinyllama_jax.cli import main
 from tinyllama_jax.loss import cross_entropy, token_nll, training_loss
 from tinyllama_jax.train import state as train_state
 from tinyllama_jax.train import step as train_step
@@ -218,6 +219,15 @@ def test_the_step_reports_the_loss_and_the_z_loss_apart(one_device, accumulation
     # Fresh logits are normal with variance 2/(5D) * D = 0.4, so that log Z is near ln V + 0.2.
     np.testing.assert_allclose(with_z["z_loss"], 0.1 * (np.log(512) + 0.2) ** 2, rtol=0.02)
     assert abs(with_z["grad_norm"] - plain["grad_norm"]) > 0.01 * plain["grad_norm"]
+
+
+@pytest.mark.slow
+def test_a_runs_metrics_hold_the_z_loss(small_store, tmp_path):
+    assert main(quick_command(small_store, tmp_path / "run", "optimizer.z_loss=1e-4")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    # log Z is near ln 512, and stays there or moves towards 0.
+    assert all(0 < line["z_loss"] < 2 * 1e-4 * np.log(512) ** 2 for line in lines)
+    assert lines[0]["z_loss"] == pytest.approx(1e-4 * (np.log(512) + 0.2) ** 2, rel=0.05)
 
 
 def test_z_loss_is_part_of_what_a_run_is():
