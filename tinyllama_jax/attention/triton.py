@@ -42,8 +42,8 @@ class Block(NamedTuple):
 
     held: int
     walked: int
-    warps: int = 4
-    stages: int = 3
+    warps: int
+    stages: int
 
 
 class Blocks(NamedTuple):
@@ -52,12 +52,20 @@ class Blocks(NamedTuple):
     dkv: Block
 
 
+# Chosen by what the compiler reports (tests/gpu_compile.py), not by timing: of the cuts that FlashAttention kernels use
+# those without a spilled register and with at least 8 warps on a multiprocessor, as many as 255 registers a thread allow.
+# Up to head_dim 64, 64 x 64 by 4 warps needs 120 to 255 registers; twice the held block spills up to 3 KB a thread in
+# dkv.  Hopper's forward holds 128 queries (230 registers), as its products read their operands from shared memory.
+# head_dim 128 doubles the accumulators: 8 warps share them where 4 would stand at the limit.
 BLOCKS = {
-    ("sm80", 64): Blocks(Block(64, 64), Block(64, 64), Block(64, 64)),
-    ("sm80", 128): Blocks(Block(64, 64), Block(64, 64), Block(64, 64)),
-    ("sm90", 64): Blocks(Block(128, 64), Block(64, 64), Block(64, 64)),
-    ("sm90", 128): Blocks(Block(128, 64), Block(64, 64), Block(64, 64)),
+    ("sm80", 64): Blocks(fwd=Block(64, 64, 4, 3), dq=Block(64, 64, 4, 3), dkv=Block(64, 64, 4, 3)),
+    ("sm80", 128): Blocks(fwd=Block(64, 64, 4, 2), dq=Block(64, 64, 8, 2), dkv=Block(64, 64, 8, 2)),
+    ("sm90", 64): Blocks(fwd=Block(128, 64, 4, 3), dq=Block(64, 64, 4, 3), dkv=Block(64, 64, 4, 3)),
+    ("sm90", 128): Blocks(fwd=Block(128, 64, 8, 2), dq=Block(64, 64, 4, 2), dkv=Block(64, 64, 8, 2)),
 }
+# Twice the bytes and no tensor cores: for comparisons, not for speed; dkv spills at head_dim 128.
+FLOAT32 = Blocks(*[Block(32, 32, 4, 2)] * 3)
+HOPPER = ("H100", "H200", "GH200")
 
 
 def refuses(*, head_dim: int, dtype, soft_cap: float | None) -> str | None:
@@ -72,8 +80,10 @@ def refuses(*, head_dim: int, dtype, soft_cap: float | None) -> str | None:
 
 
 def _blocks(kind: str, head_dim: int, dtype, tokens: int) -> Blocks:
-    table = BLOCKS["sm90" if any(name in kind for name in ("H100", "H200")) else "sm80", max(head_dim, 64)]
-    # Powers of two: the greatest common divisor is the largest smaller block that divides the row.
+    """The reviewed cut; a GPU not in the table gets the A100's, which needs the least shared memory."""
+    architecture = "sm90" if any(name in kind for name in HOPPER) else "sm80"
+    table = FLOAT32 if dtype == jnp.float32 else BLOCKS[architecture, max(head_dim, 64)]
+    # Powers of two: the greatest common divisor is the largest block, up to the table's, that divides the row.
     return Blocks(*(b._replace(held=math.gcd(b.held, tokens), walked=math.gcd(b.walked, tokens)) for b in table))
 
 
