@@ -96,7 +96,7 @@ def forward(
     pallas_call.  Raises ValueError if T is not a multiple of GRANULE.
     """
     (B, T, H, K), G = q_BTHK.shape, k_BTGK.shape[2]
-    tiles = tb.tiling(blocks or tb.blocks_for("forward", K, kind), T, H // G, "keys")
+    tiles = tb.tiling(blocks or tb.blocks_for("forward", K, q_BTHK.dtype, kind), T, H // G, "keys")
     stacks, lanes = H // tiles.heads, tiles.heads * tiles.queries
     loop = tb.KeyLoop(tiles, T, stacks, stacks // G, ranges is not None)
     arrays = [x.transpose(0, 2, 3, 1) for x in (q_BTHK, k_BTGK, v_BTGK)]

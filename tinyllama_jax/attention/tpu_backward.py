@@ -47,7 +47,8 @@ def backward(
     inputs = [x.transpose(0, 2, 3, 1) for x in (q_BTHK, do_BTHK, k_BTGK, v_BTGK)]
     statistics = (lse_BHT, delta_BHT)
     shared = {"soft_cap": soft_cap, "interpret": interpret}
-    blocks_dq, blocks_dkv = (blocks or tb.blocks_for(name, q_BTHK.shape[3], kind) for name in ("dq", "dkv"))
+    chosen = (blocks or tb.blocks_for(name, q_BTHK.shape[3], q_BTHK.dtype, kind) for name in ("dq", "dkv"))
+    blocks_dq, blocks_dkv = chosen
     dq_BHKT = _dq(first_B1T, *inputs, *statistics, ranges, blocks_dq, **shared)
     dk_BGKT, dv_BGKT = _dkv(first_B1T, *inputs, *statistics, ranges, blocks_dkv, **shared)
     return tuple(x.transpose(0, 3, 1, 2) for x in (dq_BHKT, dk_BGKT, dv_BGKT))

@@ -35,19 +35,29 @@ class Blocks(NamedTuple):
     fetch: int  # positions of the side that is looped over, brought to VMEM at a time: several tiles
 
 
-# One line per pass and head_dim, for the kinds in KINDS; every line was compiled for each of them (tests/test_tpu.py)
-# and stays within the 16 MB of VMEM that a kernel has without asking for more.  Lanes of 1024 make a visit of one tile
-# long against its overhead; 256 keys waste an eighth of the work on the diagonal at T = 2048, 512 would a quarter.
-REVIEWED = {
-    ("forward", 64): Blocks(1024, 512, 256, 4096),
-    ("forward", 128): Blocks(1024, 512, 256, 2048),
-    ("dq", 64): Blocks(1024, 512, 256, 4096),
-    ("dq", 128): Blocks(1024, 512, 256, 2048),
-    ("dkv", 64): Blocks(1024, 512, 256, 512),
-    ("dkv", 128): Blocks(1024, 512, 256, 256),
+# Chosen by the schedules that the TPU compiler makes of the tiles (bundles per tile, 32 query heads over 4, T = 2048),
+# not by measurements; every line compiles for every kind of its table within the VMEM that a kernel has without asking
+# for more (tests/test_tpu.py).  Blocks of 256 visit an eighth more than causality needs at T = 2048, of 512 a quarter.
+NARROW = {  # matrix units of 128 x 128
+    ("forward", 64): Blocks(2048, 512, 128, 4096),
+    ("forward", 128): Blocks(2048, 512, 128, 2048),
+    ("dq", 64): Blocks(2048, 512, 256, 4096),
+    ("dq", 128): Blocks(2048, 512, 256, 2048),
+    ("dkv", 64): Blocks(2048, 512, 256, 2048),
+    ("dkv", 128): Blocks(2048, 512, 256, 1024),
 }
-KINDS = ("TPU v4", "TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
-SAFE = Blocks(512, 128, 128, 512)  # for a kind nobody compiled for
+WIDE = {  # matrix units of 256 x 256
+    **NARROW,
+    ("forward", 64): Blocks(2048, 512, 256, 4096),
+    ("forward", 128): Blocks(2048, 512, 256, 2048),
+}
+REVIEWED = {
+    **dict.fromkeys(("TPU v4", "TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p"), NARROW),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), WIDE),
+}
+# For a kind nobody compiled for, and for float32: twice the memory, and six passes of the matrix unit, which compile
+# slowly in large tiles.
+SAFE = Blocks(512, 128, 128, 512)
 
 
 class Tiling(NamedTuple):
@@ -74,8 +84,9 @@ def tiling(blocks: Blocks, T: int, group: int, looped: str) -> Tiling:
     return Tiling(heads, queries, keys, fitting(blocks.fetch, T, keys if looped == "keys" else queries))
 
 
-def blocks_for(name: str, head_dim: int, kind: str) -> Blocks:
-    return REVIEWED[name, head_dim] if kind in KINDS else SAFE
+def blocks_for(name: str, head_dim: int, dtype, kind: str) -> Blocks:
+    """The blocks of a pass ("forward", "dq" or "dkv") on devices of a kind."""
+    return REVIEWED[kind][name, head_dim] if kind in REVIEWED and dtype == jnp.bfloat16 else SAFE
 
 
 def bounds(tiles: Tiling, given: Ranges | None, T: int, looped: str) -> jax.Array:
