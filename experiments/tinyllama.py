@@ -119,7 +119,8 @@ def _v1_1(name: str, mixture: dict[str, float], store: str) -> Run:
         lr=LearningRate(kind="cosine", peak=4e-4, end=4e-5, warmup_tokens=2000 * V1_1_BATCH),
         optimizer=ADAMW,
         seed=3407,
-        execution=Execution(micro_batch_sequences=448, remat="save_dots_and_attention"),  # 7 per device and micro-step on 64
+        # 7 sequences per device and micro-step on 64 devices.
+        execution=Execution(micro_batch_sequences=448, remat="save_dots_and_attention"),
         mesh=Mesh(replica=-1, data=4),  # weights sharded within a node of four A100-40G, replicated across nodes
         evaluation=Evaluation(every_tokens=5000 * V1_1_BATCH, sequences=896, batch_sequences=64),
         checkpoint=Checkpoint(temporary_seconds=900, permanent_tokens=10 * BILLION),
@@ -163,7 +164,8 @@ def tinyllama_120m() -> Run:
         model=preset("tinyllama-120m"),
         curriculum=(replace(run.curriculum[0], tokens=2_400_000_000, batch_tokens=batch),),
         lr=LearningRate(kind="cosine", peak=6e-4, end=6e-5, warmup_tokens=200 * batch),
-        execution=Execution(micro_batch_sequences=32, remat="save_dots_and_attention"),  # for one A100-40G, or up to 32 devices
+        # For one A100-40G, or up to 32 devices.
+        execution=Execution(micro_batch_sequences=32, remat="save_dots_and_attention"),
         mesh=Mesh(),
         evaluation=Evaluation(every_tokens=200 * batch, sequences=256, batch_sequences=64),
         checkpoint=Checkpoint(temporary_seconds=300),
