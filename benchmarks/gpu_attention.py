@@ -56,7 +56,7 @@ PIECES = {
     ),
     "step": Piece(
         "the 1.1B training step: what each optimisation is worth",
-        ("train_step.py", "experiments.effectiveness:gpu", "--steps", "10"),
+        ("train_step.py", "experiments.effectiveness:gpu", "--steps", "10", "--seconds", "480"),
     ),
 }
 __doc__ = __doc__.replace("{pieces}", "\n".join(f"    {name:10}  {piece.what}" for name, piece in PIECES.items()))

@@ -255,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in every configuration")
     parser.add_argument("--steps", type=int, default=20, help="measured steps (20)")
     parser.add_argument("--rounds", type=int, default=1, help="times each is measured, every other time backwards (1)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no configuration is begun later")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the lines there too")
     args = parser.parse_args(arguments)
     if args.steps < 1 or args.rounds < 1:
@@ -264,14 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"train_step: {error}", file=sys.stderr)
         return error.exit_status
-    common = {"experiment": args.experiment, **origin()}
+    begin, common = time.monotonic(), {"experiment": args.experiment, **origin()}
     measured: list[list[dict]] = [[] for _ in runs]
     with args.out.open("w") if args.out else open(os.devnull, "w") as file:
         for round_ in range(args.rounds):
             order = range(len(runs)) if round_ % 2 == 0 else reversed(range(len(runs)))
             for index in order:
                 run = runs[index]
-                line = attempt(run, args.steps)
+                in_time = time.monotonic() - begin <= args.seconds
+                line = attempt(run, args.steps) if in_time else {"skipped": "no time left"}
                 measured[index].append(line)
                 head = {"benchmark": "train_step", "configuration": run.name, "changed": changed(runs[0], run)}
                 emit({**head, "round": round_, **line, **common}, file)
