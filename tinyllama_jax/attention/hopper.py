@@ -1,9 +1,9 @@
 """FlashAttention-3 for Hopper GPUs in Pallas Mosaic: causal, grouped-query, and blocks of other documents are skipped.
 
-A thread block owns 128 queries of one head.  Two warpgroups compute, 64 queries each; a third one copies tiles of keys
-and values into a ring in shared memory.  While one warpgroup is at its softmax the other one has the tensor cores, and
-inside a warpgroup the product with the values of one tile runs under the softmax of the next (Shah et al. 2024,
-arXiv:2407.08608, sections 3.1 and 3.2).
+A thread block does two blocks of 128 queries of one head.  Two warpgroups compute, 64 queries each; a third one copies
+tiles of keys and values into a ring in shared memory.  While one warpgroup is at its softmax the other one has the
+tensor cores, and inside a warpgroup the product with the values of one tile runs under the softmax of the next (Shah et
+al. 2024, arXiv:2407.08608, sections 3.1 and 3.2).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tinyllama_jax.attention import hopper_backward
-from tinyllama_jax.attention.documents import Ranges, key_blocks
+from tinyllama_jax.attention.documents import Ranges
 from tinyllama_jax.attention.hopper_tiles import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -28,7 +28,7 @@ from tinyllama_jax.attention.hopper_tiles import (
     PRODUCER_REGISTERS,
     ROWS,
     TILES,
-    fill_ring,
+    QueryPairs,
     filled,
     inside,
     interpreter,
@@ -86,51 +86,30 @@ def forward(
         o_ref, lse_ref, qo_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, k_free, v_free, turn, *staging = (
             refs if ranges is None else refs[1:]
         )
-        wg = lax.axis_index("warpgroup")
-
-        def place():
-            """Row, head and block of this thread block, and the blocks it visits.
-
-            By each warpgroup for itself: the producer has no registers for what only the others need.
-            """
-            b, h = lax.axis_index("batch"), lax.axis_index("head")
-            i = T // GRANULE - 1 - lax.axis_index("block")  # the longest rows first
-            top, bottom = i * GRANULE, i * GRANULE + GRANULE - 1
-            ends = (0, 0) if first_ref is None else (first_ref[b, top], first_ref[b, bottom])
-            return b, h, i, key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
+        b, h, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+        pairs = QueryPairs(T, block, first_ref)
 
         @pl.when(wg == CONSUMERS)
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            b, h, _, (begin, _, _, end) = place()
 
-            def copy(j, slot):
-                keys = (b, pl.ds(j * block, block), lax.div(h, jnp.int32(H // G)))
-                plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], k_full.at[slot])
-                plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], v_full.at[slot])
-                return j + 1
+            def copy(keys, slot):
+                tile = (b, keys, lax.div(h, jnp.int32(H // G)))
+                plgpu.copy_gmem_to_smem(k_ref.at[tile], k_smem.at[slot], k_full.at[slot])
+                plgpu.copy_gmem_to_smem(v_ref.at[tile], v_smem.at[slot], v_full.at[slot])
 
-            fill_ring(end - begin, stages, begin, copy, k_free, v_free)
+            pairs.stream(stages, copy, k_free, v_free)
 
         @pl.when(wg < CONSUMERS)
         def consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            b, h, i, (begin, clear_begin, clear_end, end) = place()
-            row = i * GRANULE + wg * ROWS
-            q_smem, left = qo_smem.at[wg], staging[0].at[wg] if staging else None
-            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), h], q_smem, q_full.at[wg])
-            if first_ref is not None:
-                first = plgpu.load(first_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
+            left = staging[0].at[wg] if staging else None
 
-            def softmax(s, j, m, total, masked):
-                """p of one block, the factor by which older results shrink, and the new maximum and sum."""
-                if masked:
-                    low = None if first_ref is None else first - j * block
-                    s = jnp.where(inside(score, low, positions() + (row + 1 - j * block)), s, -jnp.inf)
-                new_m = jnp.maximum(m, s.max(axis=1) * scale2)
-                shrink = jnp.exp2(m - new_m)
-                p = jnp.exp2(s * scale2 - per_row(new_m, score))
-                return p, shrink, new_m, total * shrink + p.sum(axis=1)
+            def copy_queries(n, _):
+                rows = pl.ds(pairs.query_block(n) * GRANULE + wg * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], qo_smem.at[n, wg], q_full.at[n * CONSUMERS + wg])
+
+            lax.fori_loop(0, pairs.count(), copy_queries, None)
 
             def take_turn():
                 plgpu.barrier_wait(turn.at[wg])
@@ -138,70 +117,93 @@ def forward(
             def give_turn():
                 plgpu.barrier_arrive(turn.at[1 - wg])
 
-            def first_block():
-                plgpu.barrier_wait(k_full.at[0])
-                take_turn()
-                s = product(q_smem, k_smem.at[0].transpose((1, 0)))
-                give_turn()
-                plgpu.barrier_arrive(k_free.at[0])
-                p, _, m, total = softmax(s, begin, filled((ROWS,), LOWEST), filled((ROWS,), 0.0), masked=True)
-                plgpu.barrier_wait(v_full.at[0])
-                return filled((ROWS, K), 0.0), p.astype(dtype), filled((ROWS,), 0.0), m, total
+            def attend(n, steps):
+                """Query block n of the pair; `steps` tiles of keys came before."""
+                q_smem, row = qo_smem.at[n, wg], pairs.query_block(n) * GRANULE + wg * ROWS
+                begin, clear_begin, clear_end, end = pairs.visited(n)
+                if first_ref is not None:
+                    first = plgpu.load(first_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
 
-            def next_block(j, carry, masked):
-                """Scores of block j, and meanwhile the values of block j - 1."""
-                acc, p, shrink, m, total = carry
-                slot = lax.rem(j - begin, jnp.int32(stages))
-                before = lax.rem(j - 1 - begin, jnp.int32(stages))
-                plgpu.barrier_wait(k_full.at[slot])
-                take_turn()
+                def slot_of(j):
+                    return lax.rem(steps + j - begin, jnp.int32(stages))
 
-                def compute(s_acc, o_acc):
-                    plgpu.wgmma(s_acc, q_smem, k_smem.at[slot].transpose((1, 0)))
-                    multiply(o_acc, p, v_smem.at[before], left)
+                def softmax(s, j, m, total, masked):
+                    """p of one block, the factor by which older results shrink, and the new maximum and sum."""
+                    if masked:
+                        low = None if first_ref is None else first - j * block
+                        s = jnp.where(inside(score, low, positions() + (row + 1 - j * block)), s, -jnp.inf)
+                    new_m = jnp.maximum(m, s.max(axis=1) * scale2)
+                    shrink = jnp.exp2(m - new_m)
+                    p = jnp.exp2(s * scale2 - per_row(new_m, score))
+                    return p, shrink, new_m, total * shrink + p.sum(axis=1)
+
+                def first_block():
+                    slot = slot_of(begin)
+                    plgpu.barrier_wait(k_full.at[slot])
+                    take_turn()
+                    s = product(q_smem, k_smem.at[slot].transpose((1, 0)))
                     give_turn()
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                     plgpu.barrier_arrive(k_free.at[slot])
-                    new_p, *new = softmax(s, j, m, total, masked)
-                    # The assembler would move the wait for the values up, before the exponentials that it is to run
-                    # beside; it does not move them over the branch of a barrier, and this one is needed anyway.
-                    new_p, *new = lax.optimization_barrier((new_p, *new))
+                    p, _, m, total = softmax(s, begin, filled((ROWS,), LOWEST), filled((ROWS,), 0.0), masked=True)
                     plgpu.barrier_wait(v_full.at[slot])
-                    o = o_acc[...]
-                    plgpu.barrier_arrive(v_free.at[before])
-                    return acc * per_row(shrink, acc.shape) + o, new_p.astype(dtype), *new
+                    return filled((ROWS, K), 0.0), p.astype(dtype), filled((ROWS,), 0.0), m, total
 
-                return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC((ROWS, K)))
+                def next_block(j, carry, masked):
+                    """Scores of block j, and meanwhile the values of block j - 1."""
+                    acc, p, shrink, m, total = carry
+                    slot, before = slot_of(j), slot_of(j - 1)
+                    plgpu.barrier_wait(k_full.at[slot])
+                    take_turn()
 
-            def last_values(acc, p, shrink):
-                before = lax.rem(end - 1 - begin, jnp.int32(stages))
+                    def compute(s_acc, o_acc):
+                        plgpu.wgmma(s_acc, q_smem, k_smem.at[slot].transpose((1, 0)))
+                        multiply(o_acc, p, v_smem.at[before], left)
+                        give_turn()
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        plgpu.barrier_arrive(k_free.at[slot])
+                        new_p, *new = softmax(s, j, m, total, masked)
+                        # The assembler would move the wait for the values up, before the exponentials that it is to
+                        # run beside; it does not move them over the branch of a barrier, and this one is needed anyway.
+                        new_p, *new = lax.optimization_barrier((new_p, *new))
+                        plgpu.barrier_wait(v_full.at[slot])
+                        o = o_acc[...]
+                        plgpu.barrier_arrive(v_free.at[before])
+                        return acc * per_row(shrink, acc.shape) + o, new_p.astype(dtype), *new
 
-                def compute(o_acc):
-                    multiply(o_acc, p, v_smem.at[before], left)
-                    o = o_acc[...]
-                    plgpu.barrier_arrive(v_free.at[before])
-                    return o
+                    return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC((ROWS, K)))
 
-                return acc * per_row(shrink, acc.shape) + pl.run_scoped(compute, plgpu.ACC((ROWS, K)))
+                def last_values(acc, p, shrink):
+                    slot = slot_of(end - 1)
+
+                    def compute(o_acc):
+                        multiply(o_acc, p, v_smem.at[slot], left)
+                        o = o_acc[...]
+                        plgpu.barrier_arrive(v_free.at[slot])
+                        return o
+
+                    return acc * per_row(shrink, acc.shape) + pl.run_scoped(compute, plgpu.ACC((ROWS, K)))
+
+                plgpu.barrier_wait(q_full.at[n * CONSUMERS + wg])
+                carry = first_block()
+                start = begin + 1
+                clear_start = jnp.maximum(clear_begin, start)
+                diagonal = jnp.maximum(clear_end, clear_start)
+                if first_ref is not None:
+                    carry = lax.fori_loop(start, clear_start, lambda j, c: next_block(j, c, True), carry)
+                carry = lax.fori_loop(clear_start, diagonal, lambda j, c: next_block(j, c, False), carry)
+                acc, p, shrink, m, total = lax.fori_loop(diagonal, end, lambda j, c: next_block(j, c, True), carry)
+                acc = last_values(acc, p, shrink)
+
+                q_smem[...] = (acc * per_row(1.0 / total, acc.shape)).astype(dtype)
+                lse_smem.at[n, wg][...] = (m + jnp.log2(total)) * LN2
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_smem, o_ref.at[b, pl.ds(row, ROWS), h])
+                plgpu.copy_smem_to_gmem(lse_smem.at[n, wg], lse_ref.at[b, h, pl.ds(row, ROWS)])
+                return steps + end - begin
 
             pl.when(wg == 1)(give_turn)
-            plgpu.barrier_wait(q_full.at[wg])
-            carry = first_block()
-            start = begin + 1
-            clear_start = jnp.maximum(clear_begin, start)
-            diagonal = jnp.maximum(clear_end, clear_start)
-            if first_ref is not None:
-                carry = lax.fori_loop(start, clear_start, lambda j, c: next_block(j, c, True), carry)
-            carry = lax.fori_loop(clear_start, diagonal, lambda j, c: next_block(j, c, False), carry)
-            acc, p, shrink, m, total = lax.fori_loop(diagonal, end, lambda j, c: next_block(j, c, True), carry)
+            lax.fori_loop(0, pairs.count(), attend, jnp.int32(0))
             pl.when(wg == 0)(take_turn)  # the other one's last
-            acc = last_values(acc, p, shrink)
-
-            q_smem[...] = (acc * per_row(1.0 / total, acc.shape)).astype(dtype)
-            lse_smem.at[wg][...] = (m + jnp.log2(total)) * LN2
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem, o_ref.at[b, pl.ds(row, ROWS), h])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(row, ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
     ring = plgpu.Barrier(num_barriers=stages)
@@ -210,11 +212,11 @@ def forward(
         kernel,
         out_type=[jax.ShapeDtypeStruct(q_BTHK.shape, dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
         scratch_types=[
-            operand((CONSUMERS, ROWS, K), dtype),
+            operand((2, CONSUMERS, ROWS, K), dtype),
             operand((stages, block, K), dtype),
             operand((stages, block, K), dtype),
-            plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=CONSUMERS),
+            plgpu.SMEM((2, CONSUMERS, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=2 * CONSUMERS),
             ring,
             ring,
             freed,
@@ -222,8 +224,8 @@ def forward(
             plgpu.Barrier(num_barriers=CONSUMERS),
             *staged(interpret, score, dtype),
         ],
-        grid=(T // GRANULE, B, H),
-        grid_names=("block", "batch", "head"),
+        grid=(QueryPairs.number(T), B, H),
+        grid_names=("pair", "batch", "head"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name="attn_fwd",

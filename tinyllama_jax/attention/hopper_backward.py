@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tinyllama_jax.attention.documents import Ranges, key_blocks, query_blocks
+from tinyllama_jax.attention.documents import Ranges, query_blocks
 from tinyllama_jax.attention.hopper_tiles import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -28,6 +28,7 @@ from tinyllama_jax.attention.hopper_tiles import (
     PER_ROW,
     PRODUCER_REGISTERS,
     ROWS,
+    QueryPairs,
     fill_ring,
     inside,
     interpreter,
@@ -44,7 +45,7 @@ from tinyllama_jax.attention.hopper_tiles import (
 def dq(
     q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, ranges: Ranges | None, *, kind: str, interpret
 ) -> jax.Array:
-    """The gradient of q, [B, T, H, K]: a thread block owns 128 queries of one head and streams keys and values."""
+    """The gradient of q, [B, T, H, K]: a thread block does two blocks of 128 queries of one head."""
     (B, T, H, K), G, dtype = q_BTHK.shape, k_BTGK.shape[2], q_BTHK.dtype
     block, stages = tiles(kind, K).dq, tiles(kind, K).stages
     scale = 1 / math.sqrt(K)
@@ -52,110 +53,116 @@ def dq(
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
         first_ref = refs[0] if ranges is not None else None
-        dq_ref, q_smem2, do_smem2, k_smem, v_smem, own, full, free, *staging = refs if ranges is None else refs[1:]
-        wg = lax.axis_index("warpgroup")
-
-        def place():
-            """Row, head and block of this thread block, and the blocks it visits; by each warpgroup for itself."""
-            b, h = lax.axis_index("batch"), lax.axis_index("head")
-            i = T // GRANULE - 1 - lax.axis_index("block")  # the longest rows first
-            top, bottom = i * GRANULE, i * GRANULE + GRANULE - 1
-            ends = (0, 0) if first_ref is None else (first_ref[b, top], first_ref[b, bottom])
-            return b, h, i, key_blocks(i, GRANULE, block, *map(jnp.int32, ends))
+        dq_ref, q_smem4, do_smem4, k_smem, v_smem, own, full, free, *staging = refs if ranges is None else refs[1:]
+        b, h, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+        pairs = QueryPairs(T, block, first_ref)
 
         @pl.when(wg == CONSUMERS)
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            b, h, _, (begin, _, _, end) = place()
 
-            def copy(j, slot):
-                keys = (b, pl.ds(j * block, block), lax.div(h, jnp.int32(H // G)))
-                plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], full.at[slot])
-                return j + 1
+            def copy(keys, slot):
+                tile = (b, keys, lax.div(h, jnp.int32(H // G)))
+                plgpu.copy_gmem_to_smem(k_ref.at[tile], k_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(v_ref.at[tile], v_smem.at[slot], full.at[slot])
 
-            fill_ring(end - begin, stages, begin, copy, free)
+            pairs.stream(stages, copy, free)
 
         @pl.when(wg < CONSUMERS)
         def consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            b, h, i, (begin, clear_begin, clear_end, end) = place()
-            row = i * GRANULE + wg * ROWS
-            q_smem, do_smem, left = q_smem2.at[wg], do_smem2.at[wg], staging[0].at[wg] if staging else None
-            plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, ROWS), h], q_smem, own.at[wg])
-            plgpu.copy_gmem_to_smem(do_ref.at[b, pl.ds(row, ROWS), h], do_smem, own.at[wg])
-            lse2 = plgpu.load(lse_ref.at[b, h, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False) * LOG2E
-            delta = plgpu.load(delta_ref.at[b, h, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
-            if first_ref is not None:
-                first = plgpu.load(first_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
-            plgpu.barrier_wait(own.at[wg])
+            left = staging[0].at[wg] if staging else None
 
-            def await_tile(j):
-                slot = lax.rem(j - begin, jnp.int32(stages))
-                pl.when(j < end)(lambda: plgpu.barrier_wait(full.at[slot]))
+            def copy_queries(n, _):
+                rows = pl.ds(pairs.query_block(n) * GRANULE + wg * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem4.at[n, wg], own.at[n * CONSUMERS + wg])
+                plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem4.at[n, wg], own.at[n * CONSUMERS + wg])
 
-            def gradient_of_scores(j, masked, dq_acc, older_ds):
-                """dS of block j; meanwhile dQ of block j - 1, if there is one."""
-                slot = lax.rem(j - begin, jnp.int32(stages))
+            lax.fori_loop(0, pairs.count(), copy_queries, None)
 
-                def compute(s_acc, dp_acc):
-                    plgpu.wgmma(s_acc, q_smem, k_smem.at[slot].transpose((1, 0)))
-                    plgpu.wgmma(dp_acc, do_smem, v_smem.at[slot].transpose((1, 0)))
-                    older = 0 if older_ds is None else 1
-                    if older:
-                        before = lax.rem(j - 1 - begin, jnp.int32(stages))
-                        multiply(dq_acc, older_ds, k_smem.at[before], left)
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 + older)
-                    p = jnp.exp2(s * (scale * LOG2E) - per_row(lse2, score))
-                    if masked:
-                        low = None if first_ref is None else first - j * block
-                        p = jnp.where(inside(score, low, positions() + (row + 1 - j * block)), p, 0.0)
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=older)
-                    ds = lax.optimization_barrier(p * (dp - per_row(delta, score)))
-                    await_tile(j + 1)
-                    if older:
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(free.at[before])
-                    return ds.astype(dtype)
-
-                return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC(score))
-
-            def accumulate(dq_acc):
-                await_tile(begin)
-                ds = gradient_of_scores(begin, True, dq_acc, None)
-                start = begin + 1
-                clear_start = jnp.maximum(clear_begin, start)
-                diagonal = jnp.maximum(clear_end, clear_start)
+            def differentiate(n, steps):
+                """Query block n of the pair; `steps` tiles of keys came before."""
+                q_smem, do_smem = q_smem4.at[n, wg], do_smem4.at[n, wg]
+                row = pairs.query_block(n) * GRANULE + wg * ROWS
+                begin, clear_begin, clear_end, end = pairs.visited(n)
+                lse2 = plgpu.load(lse_ref.at[b, h, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False) * LOG2E
+                delta = plgpu.load(delta_ref.at[b, h, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
                 if first_ref is not None:
-                    ds = lax.fori_loop(start, clear_start, lambda j, x: gradient_of_scores(j, True, dq_acc, x), ds)
-                ds = lax.fori_loop(clear_start, diagonal, lambda j, x: gradient_of_scores(j, False, dq_acc, x), ds)
-                ds = lax.fori_loop(diagonal, end, lambda j, x: gradient_of_scores(j, True, dq_acc, x), ds)
-                slot = lax.rem(end - 1 - begin, jnp.int32(stages))
-                multiply(dq_acc, ds, k_smem.at[slot], left)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free.at[slot])
-                return dq_acc[...]
+                    first = plgpu.load(first_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
 
-            q_smem[...] = (pl.run_scoped(accumulate, plgpu.ACC((ROWS, K))) * scale).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[b, pl.ds(row, ROWS), h])
+                def slot_of(j):
+                    return lax.rem(steps + j - begin, jnp.int32(stages))
+
+                def gradient_of_scores(j, masked, dq_acc, older_ds):
+                    """dS of block j; meanwhile dQ of block j - 1, if there is one."""
+                    slot, before = slot_of(j), slot_of(j - 1)
+                    older = 0 if older_ds is None else 1
+
+                    def compute(s_acc, dp_acc):
+                        plgpu.wgmma(s_acc, q_smem, k_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_acc, do_smem, v_smem.at[slot].transpose((1, 0)))
+                        if older:
+                            multiply(dq_acc, older_ds, k_smem.at[before], left)
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 + older)
+                        p = jnp.exp2(s * (scale * LOG2E) - per_row(lse2, score))
+                        if masked:
+                            low = None if first_ref is None else first - j * block
+                            p = jnp.where(inside(score, low, positions() + (row + 1 - j * block)), p, 0.0)
+                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=older)
+                        # As in the forward pass: only a branch keeps all this in front of the wait for dQ.
+                        ds = lax.optimization_barrier(p * (dp - per_row(delta, score)))
+                        pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(full.at[slot_of(j + 1)]))
+                        if older:
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(free.at[before])
+                        return ds.astype(dtype)
+
+                    return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC(score))
+
+                def accumulate(dq_acc):
+                    plgpu.barrier_wait(full.at[slot_of(begin)])
+                    ds = gradient_of_scores(begin, True, dq_acc, None)
+                    start = begin + 1
+                    clear_start = jnp.maximum(clear_begin, start)
+                    diagonal = jnp.maximum(clear_end, clear_start)
+
+                    def visit(masked):
+                        return lambda j, ds: gradient_of_scores(j, masked, dq_acc, ds)
+
+                    if first_ref is not None:
+                        ds = lax.fori_loop(start, clear_start, visit(True), ds)
+                    ds = lax.fori_loop(clear_start, diagonal, visit(False), ds)
+                    ds = lax.fori_loop(diagonal, end, visit(True), ds)
+                    slot = slot_of(end - 1)
+                    multiply(dq_acc, ds, k_smem.at[slot], left)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free.at[slot])
+                    return dq_acc[...]
+
+                plgpu.barrier_wait(own.at[n * CONSUMERS + wg])
+                q_smem[...] = (pl.run_scoped(accumulate, plgpu.ACC((ROWS, K))) * scale).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[b, pl.ds(row, ROWS), h])
+                return steps + end - begin
+
+            lax.fori_loop(0, pairs.count(), differentiate, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(q_BTHK.shape, dtype),
         scratch_types=[
-            operand((CONSUMERS, ROWS, K), dtype),
-            operand((CONSUMERS, ROWS, K), dtype),
+            operand((2, CONSUMERS, ROWS, K), dtype),
+            operand((2, CONSUMERS, ROWS, K), dtype),
             operand((stages, block, K), dtype),
             operand((stages, block, K), dtype),
-            plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2 * CONSUMERS),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
             *staged(interpret, score, dtype),
         ],
-        grid=(T // GRANULE, B, H),
-        grid_names=("block", "batch", "head"),
+        grid=(QueryPairs.number(T), B, H),
+        grid_names=("pair", "batch", "head"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name="attn_dq",

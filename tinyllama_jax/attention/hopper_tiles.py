@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from tinyllama_jax.attention.documents import key_blocks
 from tinyllama_jax.config import ConfigError
 
 CONSUMERS = 2  # warpgroups that compute; one more only copies
@@ -131,6 +132,53 @@ def fill_ring(steps, stages: int, place, copy, *free) -> None:
         return lax.cond(step < steps, lambda: copy(place, slot), lambda: place)
 
     lax.fori_loop(0, steps + stages, fill, place)
+
+
+class QueryPairs:
+    """Which two blocks of queries a thread block does, one from each end of the row, and the keys that they visit.
+
+    Together they are the same work in every thread block, and what the second one reads is copied while the first one
+    is computed.  The middle block of an odd number is alone.  All of it is computed where it is asked for, by each
+    warpgroup for itself: the one that copies has no registers for what only the others need.
+    """
+
+    def __init__(self, T: int, block: int, first_ref):
+        self.blocks, self.block, self.first_ref = T // GRANULE, block, first_ref
+
+    @staticmethod
+    def number(T: int) -> int:
+        """The size of the grid's axis "pair"."""
+        return pl.cdiv(T // GRANULE, 2)
+
+    def count(self) -> jax.Array:
+        pair = lax.axis_index("pair")
+        return jnp.where(self.blocks - 1 - pair == pair, 1, 2)
+
+    def query_block(self, n) -> jax.Array:
+        """The n-th of the pair: the one near the end of the row, which has more to do, first."""
+        pair = lax.axis_index("pair")
+        return jnp.where(n == 0, self.blocks - 1 - pair, pair)
+
+    def visited(self, n):
+        """`key_blocks` of the n-th."""
+        i, b = self.query_block(n), lax.axis_index("batch")
+        rows = i * GRANULE, i * GRANULE + GRANULE - 1
+        ends = (0, 0) if self.first_ref is None else (self.first_ref[b, row] for row in rows)
+        return key_blocks(i, GRANULE, self.block, *map(jnp.int32, ends))
+
+    def stream(self, stages: int, copy, *free) -> None:
+        """copy(keys, slot) for all tiles of keys that the two visit, in their order: see `fill_ring`."""
+        begin, _, _, end = self.visited(0)
+        next_begin, _, _, next_end = self.visited(1)
+
+        def copy_and_step(place, slot):
+            j, last = place
+            copy(pl.ds(j * self.block, self.block), slot)
+            over = j + 1 == last
+            return jnp.where(over, next_begin, j + 1), jnp.where(over, next_end, last)
+
+        steps = end - begin + jnp.where(self.count() == 2, next_end - next_begin, 0)
+        fill_ring(steps, stages, (begin, end), copy_and_step, *free)
 
 
 def interpreter(interpret):
