@@ -53,7 +53,7 @@ class Blocks(NamedTuple):
 
 
 # Chosen by what the compiler reports (tests/gpu_compile.py), not by timing: of the cuts that FlashAttention kernels use
-# those without a spilled register and with at least 8 warps on a multiprocessor, as many as 255 registers a thread allow.
+# those without a spilled register and with at least 8 warps on a multiprocessor, what 255 registers a thread allow.
 # Up to head_dim 64, 64 x 64 by 4 warps needs 120 to 255 registers; twice the held block spills up to 3 KB a thread in
 # dkv.  Hopper's forward holds 128 queries (230 registers), as its products read their operands from shared memory.
 # head_dim 128 doubles the accumulators: 8 warps share them where 4 would stand at the limit.
