@@ -93,7 +93,8 @@ CASES = {
     "every head its own keys": (2, 2, 128, jnp.float32, True, None, SMALL),
     "causal only": (8, 1, 64, jnp.float32, False, None, SMALL),
     "causal only, reviewed blocks": (4, 1, 128, jnp.bfloat16, False, None, None),
-    "reviewed blocks": (8, 1, 64, jnp.float32, True, None, None),
+    "reviewed blocks": (8, 1, 64, jnp.bfloat16, True, None, None),
+    "blocks for float32": (2, 1, 64, jnp.float32, True, None, None),
     "three heads, capped": (3, 1, 64, jnp.float32, True, 2.0, tb.Blocks(512, 128, 384, 384)),
     "wide query blocks": (2, 2, 64, jnp.float32, True, None, tb.Blocks(384, 384, 128, 384)),
 }
@@ -243,8 +244,7 @@ def test_the_kernels_compile_without_quadratic_memory(target):
 @pytest.mark.aot
 def test_wide_heads_and_float32_compile_and_the_formula_shows_as_quadratic():
     *kernels, formula = compiled(
-        "v5e:forward:documents:128:bfloat16",
-        "v5e:backward:documents:128:bfloat16",
+        *(f"{t}:{d}:documents:128:bfloat16" for t in ("v4", "v5e", "v5p", "v6e") for d in ("forward", "backward")),
         "v4:backward:documents:64:float32",
         "v5e:reference:causal:64:bfloat16",
     )
