@@ -20,6 +20,7 @@ from tinyllama_jax.attention import documents
 from tinyllama_jax.attention.documents import Ranges
 
 GRANULE = 128  # lanes of a vector register: the smallest block along the sequence
+MOST_HEADS = 8  # side by side; what dkv fetches grows with them, and the blocks below were compiled with eight
 LOG2_E = math.log2(math.e)
 HIDDEN = -1e30  # a score no query gives; finite, so that hidden minus hidden is no NaN
 OUTER, INNER = ((0,), (0,)), ((1,), (0,))  # contracted axes of dot: A^T B and A B
@@ -78,7 +79,7 @@ def tiling(blocks: Blocks, T: int, group: int, looped: str) -> Tiling:
     """Tiles for rows of T tokens and `group` query heads to a key/value head; looped: "keys" or "queries"."""
     if T % GRANULE:
         raise ValueError(f"attention on a TPU needs rows of a multiple of {GRANULE} tokens, not {T}")
-    heads = fitting(blocks.lanes // GRANULE, group, 1)
+    heads = fitting(min(blocks.lanes // GRANULE, MOST_HEADS), group, 1)
     queries = fitting(min(blocks.queries, blocks.lanes // heads), T, GRANULE)
     keys = fitting(blocks.keys, T, GRANULE)
     return Tiling(heads, queries, keys, fitting(blocks.fetch, T, keys if looped == "keys" else queries))
