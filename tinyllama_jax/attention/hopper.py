@@ -121,17 +121,21 @@ def forward(
                 """Query block n of the pair; `steps` tiles of keys came before."""
                 q_smem, row = qo_smem.at[n, wg], pairs.query_block(n) * GRANULE + wg * ROWS
                 begin, clear_begin, clear_end, end = pairs.visited(n)
-                if first_ref is not None:
+                document = () if first_ref is None else ("document",)  # what bounds a row, beside the diagonal
+                if document:
                     first = plgpu.load(first_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
 
-                def slot_of(j):
-                    return lax.rem(steps + j - begin, jnp.int32(stages))
+                base = steps - begin
 
-                def softmax(s, j, m, total, masked):
+                def slot_of(j):
+                    return lax.rem(base + j, jnp.int32(stages))
+
+                def softmax(s, j, m, total, bounds):
                     """p of one block, the factor by which older results shrink, and the new maximum and sum."""
-                    if masked:
-                        low = None if first_ref is None else first - j * block
-                        s = jnp.where(inside(score, low, positions() + (row + 1 - j * block)), s, -jnp.inf)
+                    if bounds:
+                        low = first - j * block if "document" in bounds else None
+                        past = positions() + (row + 1 - j * block) if "diagonal" in bounds else None
+                        s = jnp.where(inside(score, low, past), s, -jnp.inf)
                     new_m = jnp.maximum(m, s.max(axis=1) * scale2)
                     shrink = jnp.exp2(m - new_m)
                     p = jnp.exp2(s * scale2 - per_row(new_m, score))
@@ -144,11 +148,12 @@ def forward(
                     s = product(q_smem, k_smem.at[slot].transpose((1, 0)))
                     give_turn()
                     plgpu.barrier_arrive(k_free.at[slot])
-                    p, _, m, total = softmax(s, begin, filled((ROWS,), LOWEST), filled((ROWS,), 0.0), masked=True)
+                    none = filled((ROWS,), LOWEST), filled((ROWS,), 0.0)
+                    p, _, m, total = softmax(s, begin, *none, (*document, "diagonal"))
                     plgpu.barrier_wait(v_full.at[slot])
                     return filled((ROWS, K), 0.0), p.astype(dtype), filled((ROWS,), 0.0), m, total
 
-                def next_block(j, carry, masked):
+                def next_block(j, carry, bounds):
                     """Scores of block j, and meanwhile the values of block j - 1."""
                     acc, p, shrink, m, total = carry
                     slot, before = slot_of(j), slot_of(j - 1)
@@ -161,7 +166,7 @@ def forward(
                         give_turn()
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         plgpu.barrier_arrive(k_free.at[slot])
-                        new_p, *new = softmax(s, j, m, total, masked)
+                        new_p, *new = softmax(s, j, m, total, bounds)
                         # The assembler would move the wait for the values up, before the exponentials that it is to
                         # run beside; it does not move them over the branch of a barrier, and this one is needed anyway.
                         new_p, *new = lax.optimization_barrier((new_p, *new))
@@ -188,10 +193,14 @@ def forward(
                 start = begin + 1
                 clear_start = jnp.maximum(clear_begin, start)
                 diagonal = jnp.maximum(clear_end, clear_start)
-                if first_ref is not None:
-                    carry = lax.fori_loop(start, clear_start, lambda j, c: next_block(j, c, True), carry)
-                carry = lax.fori_loop(clear_start, diagonal, lambda j, c: next_block(j, c, False), carry)
-                acc, p, shrink, m, total = lax.fori_loop(diagonal, end, lambda j, c: next_block(j, c, True), carry)
+
+                def visit(*bounds):
+                    return lambda j, carry: next_block(j, carry, bounds)
+
+                if document:
+                    carry = lax.fori_loop(start, clear_start, visit(*document), carry)
+                carry = lax.fori_loop(clear_start, diagonal, visit(), carry)
+                acc, p, shrink, m, total = lax.fori_loop(diagonal, end, visit(*document, "diagonal"), carry)
                 acc = last_values(acc, p, shrink)
 
                 q_smem[...] = (acc * per_row(1.0 / total, acc.shape)).astype(dtype)
@@ -199,7 +208,7 @@ def forward(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem, o_ref.at[b, pl.ds(row, ROWS), h])
                 plgpu.copy_smem_to_gmem(lse_smem.at[n, wg], lse_ref.at[b, h, pl.ds(row, ROWS)])
-                return steps + end - begin
+                return base + end
 
             pl.when(wg == 1)(give_turn)
             lax.fori_loop(0, pairs.count(), attend, jnp.int32(0))

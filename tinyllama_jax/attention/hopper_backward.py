@@ -54,7 +54,7 @@ def dq(
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
         first_ref = refs[0] if ranges is not None else None
         dq_ref, q_smem4, do_smem4, k_smem, v_smem, own, full, free, *staging = refs if ranges is None else refs[1:]
-        b, h, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+        b, h, wg = place = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
         pairs = QueryPairs(T, block, first_ref)
 
         @pl.when(wg == CONSUMERS)
@@ -82,6 +82,8 @@ def dq(
 
             def differentiate(n, steps):
                 """Query block n of the pair; `steps` tiles of keys came before."""
+                # Hidden from the compiler, which would work out every address once and keep it in registers throughout.
+                b, h, wg = lax.optimization_barrier(place)
                 q_smem, do_smem = q_smem4.at[n, wg], do_smem4.at[n, wg]
                 row = pairs.query_block(n) * GRANULE + wg * ROWS
                 begin, clear_begin, clear_end, end = pairs.visited(n)
@@ -90,10 +92,12 @@ def dq(
                 if first_ref is not None:
                     first = plgpu.load(first_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
 
-                def slot_of(j):
-                    return lax.rem(steps + j - begin, jnp.int32(stages))
+                base = steps - begin
 
-                def gradient_of_scores(j, masked, dq_acc, older_ds):
+                def slot_of(j):
+                    return lax.rem(base + j, jnp.int32(stages))
+
+                def gradient_of_scores(j, bounds, dq_acc, older_ds):
                     """dS of block j; meanwhile dQ of block j - 1, if there is one."""
                     slot, before = slot_of(j), slot_of(j - 1)
                     older = 0 if older_ds is None else 1
@@ -105,9 +109,10 @@ def dq(
                             multiply(dq_acc, older_ds, k_smem.at[before], left)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 + older)
                         p = jnp.exp2(s * (scale * LOG2E) - per_row(lse2, score))
-                        if masked:
-                            low = None if first_ref is None else first - j * block
-                            p = jnp.where(inside(score, low, positions() + (row + 1 - j * block)), p, 0.0)
+                        if bounds:
+                            low = first - j * block if "document" in bounds else None
+                            past = positions() + (row + 1 - j * block) if "diagonal" in bounds else None
+                            p = jnp.where(inside(score, low, past), p, 0.0)
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=older)
                         # As in the forward pass: only a branch keeps all this in front of the wait for dQ.
                         ds = lax.optimization_barrier(p * (dp - per_row(delta, score)))
@@ -121,18 +126,19 @@ def dq(
 
                 def accumulate(dq_acc):
                     plgpu.barrier_wait(full.at[slot_of(begin)])
-                    ds = gradient_of_scores(begin, True, dq_acc, None)
+                    document = () if first_ref is None else ("document",)
+                    ds = gradient_of_scores(begin, (*document, "diagonal"), dq_acc, None)
                     start = begin + 1
                     clear_start = jnp.maximum(clear_begin, start)
                     diagonal = jnp.maximum(clear_end, clear_start)
 
-                    def visit(masked):
-                        return lambda j, ds: gradient_of_scores(j, masked, dq_acc, ds)
+                    def visit(*bounds):
+                        return lambda j, ds: gradient_of_scores(j, bounds, dq_acc, ds)
 
-                    if first_ref is not None:
-                        ds = lax.fori_loop(start, clear_start, visit(True), ds)
-                    ds = lax.fori_loop(clear_start, diagonal, visit(False), ds)
-                    ds = lax.fori_loop(diagonal, end, visit(True), ds)
+                    if document:
+                        ds = lax.fori_loop(start, clear_start, visit(*document), ds)
+                    ds = lax.fori_loop(clear_start, diagonal, visit(), ds)
+                    ds = lax.fori_loop(diagonal, end, visit(*document, "diagonal"), ds)
                     slot = slot_of(end - 1)
                     multiply(dq_acc, ds, k_smem.at[slot], left)
                     plgpu.wgmma_wait(0)
@@ -143,7 +149,7 @@ def dq(
                 q_smem[...] = (pl.run_scoped(accumulate, plgpu.ACC((ROWS, K))) * scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[b, pl.ds(row, ROWS), h])
-                return steps + end - begin
+                return base + end
 
             lax.fori_loop(0, pairs.count(), differentiate, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
@@ -228,7 +234,7 @@ def dkv(
                 past_last = plgpu.load(end_ref.at[b, pl.ds(row, ROWS)], layout=PER_ROW, optimized=False)
             plgpu.barrier_wait(own.at[wg])
 
-            def tile(r, i, masked, dk_acc, dv_acc, older_ds):
+            def tile(r, i, bounds, dk_acc, dv_acc, older_ds):
                 """dV and dS^T of queries i of head r; meanwhile dK of the tile before, if there is one."""
                 step = r * count + i - begin
                 slot = lax.rem(step, jnp.int32(stages))
@@ -244,9 +250,10 @@ def dkv(
                     lse2 = plgpu.load(lse_smem.at[slot], layout=PER_COLUMN) * LOG2E
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 + older)
                     p = jnp.exp2(s * (scale * LOG2E) - per_column(lse2, score))
-                    if masked:
-                        past = None if end_ref is None else past_last - i * block
-                        p = jnp.where(inside(score, positions() + (row - i * block), past), p, 0.0)
+                    if bounds:
+                        low = positions() + (row - i * block) if "diagonal" in bounds else None
+                        past = past_last - i * block if "document" in bounds else None
+                        p = jnp.where(inside(score, low, past), p, 0.0)
                     multiply(dv_acc, p.astype(dtype), do_smem.at[slot], left_p)
                     delta = plgpu.load(delta_smem.at[slot], layout=PER_COLUMN)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1 + older)
@@ -263,16 +270,17 @@ def dkv(
                     clear_start = jnp.maximum(clear_begin, start)
                     clear_stop = jnp.maximum(clear_end, clear_start)
 
-                    def visit(masked):
-                        return lambda i, ds: tile(r, i, masked, dk_acc, dv_acc, ds)
+                    def visit(*bounds):
+                        return lambda i, ds: tile(r, i, bounds, dk_acc, dv_acc, ds)
 
-                    ds = lax.fori_loop(start, clear_start, visit(True), ds)
-                    ds = lax.fori_loop(clear_start, clear_stop, visit(False), ds)
-                    if end_ref is not None:
-                        ds = lax.fori_loop(clear_stop, end, visit(True), ds)
+                    ds = lax.fori_loop(start, clear_start, visit("diagonal", *document), ds)
+                    ds = lax.fori_loop(clear_start, clear_stop, visit(), ds)
+                    if document:
+                        ds = lax.fori_loop(clear_stop, end, visit(*document), ds)
                     return ds
 
-                ds = tile(0, begin, True, dk_acc, dv_acc, None)
+                document = () if end_ref is None else ("document",)
+                ds = tile(0, begin, ("diagonal", *document), dk_acc, dv_acc, None)
                 ds = lax.fori_loop(0, R, lambda r, ds: queries(r, begin + jnp.where(r == 0, 1, 0), ds), ds)
                 slot = lax.rem(R * count - 1, jnp.int32(stages))
                 multiply(dk_acc, ds, q_smem.at[slot], left_ds)
