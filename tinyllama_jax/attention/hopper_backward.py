@@ -53,7 +53,8 @@ def dq(
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs):
         first_ref = refs[0] if ranges is not None else None
-        dq_ref, q_smem4, do_smem4, k_smem, v_smem, own, full, free, *staging = refs if ranges is None else refs[1:]
+        dq_ref, q_smem4, do_smem4, k_smem, v_smem, own, *refs = refs if ranges is None else refs[1:]
+        k_full, v_full, free, *staging = refs
         b, h, wg = place = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
         pairs = QueryPairs(T, block, first_ref)
 
@@ -63,8 +64,8 @@ def dq(
 
             def copy(keys, slot):
                 tile = (b, keys, lax.div(h, jnp.int32(H // G)))
-                plgpu.copy_gmem_to_smem(k_ref.at[tile], k_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(v_ref.at[tile], v_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(k_ref.at[tile], k_smem.at[slot], k_full.at[slot])
+                plgpu.copy_gmem_to_smem(v_ref.at[tile], v_smem.at[slot], v_full.at[slot])
 
             pairs.stream(stages, copy, free)
 
@@ -102,6 +103,8 @@ def dq(
                     slot, before = slot_of(j), slot_of(j - 1)
                     older = 0 if older_ds is None else 1
 
+                    plgpu.barrier_wait(v_full.at[slot])
+
                     def compute(s_acc, dp_acc):
                         plgpu.wgmma(s_acc, q_smem, k_smem.at[slot].transpose((1, 0)))
                         plgpu.wgmma(dp_acc, do_smem, v_smem.at[slot].transpose((1, 0)))
@@ -113,10 +116,11 @@ def dq(
                             low = first - j * block if "document" in bounds else None
                             past = positions() + (row + 1 - j * block) if "diagonal" in bounds else None
                             p = jnp.where(inside(score, low, past), p, 0.0)
+                        # As in the forward pass: only a branch keeps all this in front of the wait for dP or dQ.
+                        p = lax.optimization_barrier(p)
+                        pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(k_full.at[slot_of(j + 1)]))
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=older)
-                        # As in the forward pass: only a branch keeps all this in front of the wait for dQ.
-                        ds = lax.optimization_barrier(p * (dp - per_row(delta, score)))
-                        pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(full.at[slot_of(j + 1)]))
+                        ds = p * (dp - per_row(delta, score))
                         if older:
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(free.at[before])
@@ -125,7 +129,7 @@ def dq(
                     return pl.run_scoped(compute, plgpu.ACC(score), plgpu.ACC(score))
 
                 def accumulate(dq_acc):
-                    plgpu.barrier_wait(full.at[slot_of(begin)])
+                    plgpu.barrier_wait(k_full.at[slot_of(begin)])
                     document = () if first_ref is None else ("document",)
                     ds = gradient_of_scores(begin, (*document, "diagonal"), dq_acc, None)
                     start = begin + 1
@@ -163,7 +167,8 @@ def dq(
             operand((stages, block, K), dtype),
             operand((stages, block, K), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=2 * CONSUMERS),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
             *staged(interpret, score, dtype),
         ],
