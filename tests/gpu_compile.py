@@ -19,47 +19,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from tinyllama_jax.attention.documents import Ranges
+from tinyllama_jax.preflight import targets
 
-# What XLA's GPU compiler wants to know of a device: NVIDIA's data sheets, and the CUDA C++ programming guide's table of
-# technical specifications per compute capability.
-DESCRIPTION = """
-gpu_device_info {{
-  cuda_compute_capability {{ major: {major} minor: 0 }}
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: {shared_block}
-  shared_memory_per_core: {shared_core}
-  core_count: {cores}
-  fpus_per_core: {fpus}
-  clock_rate_ghz: {clock}
-  memory_bandwidth: {bandwidth}
-  l2_cache_size: {l2}
-  device_memory_size: {memory}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
-device_description_str: "{kind}"
-"""
-A100 = {
-    "major": 8, "shared_block": 166912, "shared_core": 167936, "cores": 108, "fpus": 64, "clock": 1.41,
-    "bandwidth": 1555 * 10**9, "l2": 40 * 2**20, "memory": 40 * 2**30, "kind": "NVIDIA A100-SXM4-40GB",
-}  # fmt: skip
-H200 = {
-    "major": 9, "shared_block": 232448, "shared_core": 233472, "cores": 132, "fpus": 128, "clock": 1.98,
-    "bandwidth": 4800 * 10**9, "l2": 50 * 2**20, "memory": 141 * 2**30, "kind": "NVIDIA H200",
-}  # fmt: skip
-TARGETS = {"a100": (DESCRIPTION.format(**A100), "sm_80"), "h200": (DESCRIPTION.format(**H200), "sm_90a")}
+TARGETS = {"a100": ("a100-40g", "sm_80"), "h200": ("h200", "sm_90a")}
 
 
 def prepare(dump: str) -> None:
@@ -73,7 +38,7 @@ def prepare(dump: str) -> None:
 
 
 def device_of(target: str):
-    return topologies.get_topology_desc(target, "cuda", target_config=TARGETS[target][0], topology="1x1x1").devices[0]
+    return targets.parse(TARGETS[target][0]).devices()[0]
 
 
 def ptxas() -> str:
