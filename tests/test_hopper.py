@@ -33,11 +33,11 @@ def case(T, H, G, K, dtype, cuts=None, window=None, B=1, seed=0):
     return (q, k, v), (do, dlse), given
 
 
-def everything(arrays, cotangents, given, **interpreter):
-    """o, lse, dq, dk, dv of the kernels; an access that nothing orders raises."""
+def everything(arrays, cotangents, given):
+    """o, lse, dq, dk, dv of the kernels; an access that nothing orders, or out of bounds, raises."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    call = {"kind": "cpu", "interpret": plgpu.InterpretGPUParams(detect_races=True, **interpreter)}
+    call = {"kind": "cpu", "interpret": plgpu.InterpretGPUParams(detect_races=True)}
     do, dlse = cotangents
     o, lse = hopper.forward(*arrays, given, **call)
     delta = jnp.einsum("bthk,bthk->bht", o.astype(F32), do.astype(F32), precision="highest") - dlse
@@ -69,7 +69,6 @@ def error(ours, theirs):
 
 
 CASES = {
-    "equal-heads": dict(T=256, H=2, G=2, K=64, dtype=F16),
     "group-of-4-edges": dict(T=256, H=4, G=1, K=64, dtype=BF16, cuts=[127, 128, 129, 200]),
     "group-of-8": dict(T=128, H=8, G=1, K=64, dtype=BF16, cuts=[64]),
     "long": dict(T=512, H=1, G=1, K=64, dtype=BF16),  # the ring in shared memory goes round

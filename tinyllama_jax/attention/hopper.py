@@ -76,6 +76,7 @@ def forward(
     for Mosaic kernels.  Raises ConfigError for a GPU that is not a Hopper.
     """
     assert refuses(head_dim=q_BTHK.shape[3], dtype=q_BTHK.dtype, soft_cap=soft_cap) is None
+    assert q_BTHK.shape[1] % GRANULE == 0, q_BTHK.shape
     (B, T, H, K), G, dtype = q_BTHK.shape, k_BTGK.shape[2], q_BTHK.dtype
     block, _, _, stages = tiles(kind, K)
     scale2 = LOG2E / math.sqrt(K)  # to base 2, in float32: exp2 is what the hardware has
@@ -261,6 +262,7 @@ def backward(
     The other arguments and what is raised are those of `forward`.
     """
     assert refuses(head_dim=q_BTHK.shape[3], dtype=q_BTHK.dtype, soft_cap=soft_cap) is None
+    assert q_BTHK.shape[1] % GRANULE == 0, q_BTHK.shape
     given = (q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, ranges)
     dq_BTHK = hopper_backward.dq(*given, kind=kind, interpret=interpret)
     return dq_BTHK, *hopper_backward.dkv(*given, kind=kind, interpret=interpret)

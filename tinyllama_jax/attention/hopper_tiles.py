@@ -50,7 +50,7 @@ def tiles(kind: str, head_dim: int) -> Tiles:
     return TILES[head_dim]
 
 
-def operand(shape: tuple[int, ...], dtype, block: int = 64) -> plgpu.GPUMemoryRef:
+def operand(shape: tuple[int, ...], dtype, block: int = 64):
     """Shared memory that the tensor cores read: tiles of 8 rows, swizzled over 128 bytes, or 64 for blocks of 32."""
     columns = min(block, 64)
     return plgpu.SMEM(
@@ -62,7 +62,8 @@ def multiply(acc, left: jax.Array, right, staging) -> None:
     """acc += left @ right, begun and not awaited, with `left` in registers.
 
     JAX's interpreter reads the operands of a product from shared memory only: there, and only there, `left` goes
-    through `staging`, memory of this warpgroup's own.
+    through `staging`, memory of this warpgroup's own.  It is the one difference between what is tested and what runs on
+    a GPU; but the interpreter finishes every product where it begins, so it would not notice a wait left out.
     """
     if staging is not None:
         staging[...] = left
