@@ -4,6 +4,7 @@
 #   make test-full  the rest: parity with PyTorch, compiles for devices, Slurm
 #   make test-aot   of these the compiles for devices alone, without PyTorch
 #   make proof-hf-memory  import and export of 1.1B parameters stay below twice their size: 14 GB of disk, 5 minutes
+#   make proof-preflight  the 1.1B step compiled for six machines that are not here: 15 minutes
 #   make lint | bench | clean
 
 VENV ?= .venv
@@ -22,7 +23,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-aot lint bench proof-hf-memory clean always
+.PHONY: help demo test test-full test-aot lint bench proof-hf-memory proof-preflight clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -87,6 +88,9 @@ bench: $(VENV)/.run
 
 proof-hf-memory: $(VENV)/.run
 	@$(RUN) benchmarks/proof_hf_memory.py
+
+proof-preflight: $(VENV)/.aot
+	@$(AOT) benchmarks/proof_preflight.py
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -103,7 +103,10 @@ def compile_for(target: str, dump: Path, function, *arguments) -> dict:
         # What a kernel asks for when it is launched; its program text does not say.
         for name, size in re.findall(r"(\w+) +grid: .* shared_memory: (\d+) bytes", file.read_text()):
             kernels.setdefault(name, {})["shared_bytes"] = int(size)
-    return {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes, "kernels": kernels}
+    # The assembler's own word (C7510 to C7513) that it could not leave matrix products running beside other work.
+    serialized = re.findall(r".*wgmma.*serializ.*", output.text)
+    temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+    return {"temp_bytes": temp_bytes, "serialized": serialized, "kernels": kernels}
 
 
 def main(dump: Path) -> None:

@@ -104,7 +104,7 @@ def kernel_calls(f, *args) -> dict[str, int]:
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
-            if eqn.primitive.name in ("pallas_call", "core_map"):
+            if eqn.primitive.name in ("pallas_call", "core_map", "mpmd_map"):
                 info = eqn.params.get("name_and_src_info")
                 name = info.name if info is not None else eqn.params["name"]
                 found[name] = found.get(name, 0) + 1

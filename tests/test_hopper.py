@@ -148,6 +148,7 @@ def test_compiles_for_an_h200_within_the_registers(shape, documents):
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["forward"]["temp_bytes"] < 1024 and report["backward"]["temp_bytes"] < 1024
+    assert report["forward"]["serialized"] == report["backward"]["serialized"] == []
     kernels = report["forward"]["kernels"] | report["backward"]["kernels"]
     found = {name: next(k for k in kernels if k.startswith(name)) for name in ("attn_fwd", "attn_dq", "attn_dkv")}
     for name, full_name in found.items():

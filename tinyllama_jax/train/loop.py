@@ -73,6 +73,7 @@ def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change:
                 tracker.event("start", how=how, step=done)
                 name, reason = attention.choose(run.execution.attention, attention.Call.of(run))
                 tracker.event("attention", implementation=name, reason=reason)
+                start.say(f"attention: {name} ({reason})")
                 start.say(f"{workdir}: {how}; {plan.total_steps - done} steps to go")
                 with checkpoints, contextlib.closing(pipeline.iterate(done, plan.total_steps)) as batches:
                     _steps(run, plan, store, batches, pipeline.order, mesh, state, done, checkpoints, tracker, stop)
