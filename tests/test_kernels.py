@@ -214,7 +214,7 @@ def test_delta_is_float32(monkeypatch):
 
     monkeypatch.setattr(fused, "kernel", lambda _: Spy)
     q, k, v, do = problem(1, 64, 2, 2, 64, BF16)
-    _, pull = jax.vjp(lambda q: fused.fused(q, k, v, None, fused.Options("spy", "cpu", None, True))[0], q)
+    _, pull = jax.vjp(lambda q: fused.by_kernel(q, k, v, None, fused.Options("spy", "cpu", None, True))[0], q)
     (delta,) = pull(do)
     want = np.sum(np.asarray(q, np.float64) * np.asarray(do, np.float64), axis=-1)
     assert seen["dtype"] == F32

@@ -22,7 +22,7 @@ from tinyllama_jax.attention import choice, documents
 from tinyllama_jax.attention.choice import Call, choose
 from tinyllama_jax.attention.cudnn import cudnn
 from tinyllama_jax.attention.documents import Ranges, ranges
-from tinyllama_jax.attention.fused import Options, fused
+from tinyllama_jax.attention.fused import Options, by_kernel
 from tinyllama_jax.attention.names import CUDNN_FORWARD, LSE, OUTPUT
 from tinyllama_jax.attention.reference import reference
 from tinyllama_jax.attention.xla import xla
@@ -113,7 +113,7 @@ def _run(name, q_BTHK, k_BSGK, v_BSGK, seen, q_positions_BT, soft_cap, return_ls
         return splash(q_BTHK, k_BSGK, v_BSGK, seen), None
     interpret = name.startswith(choice.INTERPRET)
     options = Options(name.removeprefix(choice.INTERPRET), choice.device()[1], soft_cap, interpret)
-    return fused(q_BTHK, k_BSGK, v_BSGK, seen, options)
+    return by_kernel(q_BTHK, k_BSGK, v_BSGK, seen, options)
 
 
 def _ranges(given: jax.Array | Ranges | None, q_BTHK: jax.Array, window: int | None) -> Ranges | None:

@@ -33,7 +33,7 @@ class Options(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def fused(
+def by_kernel(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, ranges: Ranges | None, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention [B, T, H, K] in q's dtype, and its log-sum-exp float32 [B, H, T], by one of our kernels.
@@ -111,7 +111,7 @@ def _backward_rule(options, residuals, cotangents):
     return dq, *reshard((dk, dv), as_given), None
 
 
-fused.defvjp(_forward_rule, _backward_rule)
+by_kernel.defvjp(_forward_rule, _backward_rule)
 
 
 class _Specs(NamedTuple):
