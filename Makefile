@@ -74,10 +74,10 @@ test: $(VENV)/.dev
 	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 300 $(TESTS)
 
 test-full: $(VENV)/.full
-	@$(FULL) -m pytest -q -m "parity or aot or slurm" --timeout 900 $(TESTS)
+	@$(FULL) -m pytest -q -n $(WORKERS) --dist loadfile -m "parity or aot or slurm" --timeout 900 $(TESTS)
 
 test-aot: $(VENV)/.aot
-	@$(AOT) -m pytest -q -m aot --timeout 900 $(TESTS)
+	@$(AOT) -m pytest -q -n $(WORKERS) --dist loadfile -m aot --timeout 900 $(TESTS)
 
 lint: $(VENV)/.dev
 	@$(RUN) -m ruff check .

@@ -54,19 +54,18 @@ def test_the_loss_does_not_depend_on_accumulation(masking):
         np.testing.assert_allclose(parts, whole, rtol=2e-5)  # after updates rounding has had time to spread
 
 
-@pytest.mark.parametrize("masking", [False, True])
-def test_a_kernel_trains_as_the_formula_does(masking):
-    """The whole step with a kernel of ours, rows spread over four devices and two micro-batches, rematerialised."""
+def test_a_kernel_trains_as_the_formula_does():
+    """The whole step with a kernel of ours, rows spread over two devices and two micro-batches, rematerialised."""
     run = quick()
     run = replace(
         run,
         model=replace(run.model, heads=2, kv_heads=1, head_dim=16, d_model=32),
-        data=replace(run.data, document_masking=masking),
+        data=replace(run.data, document_masking=True),
     )
     batches = [batch_of(run, seed=seed) for seed in range(3)]
     formula, _ = losses(run, batches)
     execution = Execution(attention="interpret:triton", remat="save_dots_and_attention")
-    kernel, _ = losses(replace(run, execution=execution), batches, accumulation=2, mesh=Mesh(replica=2, data=2))
+    kernel, _ = losses(replace(run, execution=execution), batches, accumulation=2, mesh=Mesh(replica=1, data=2))
     np.testing.assert_allclose(kernel, formula, rtol=2e-5)
 
 
