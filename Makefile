@@ -71,13 +71,13 @@ demo: $(VENV)/.run
 	@$(RUN) -m tinyllama_jax demo --workdir runs/demo
 
 test: $(VENV)/.dev
-	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 300 $(TESTS)
+	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 300 $(TESTS)
 
 test-full: $(VENV)/.full
-	@$(FULL) -m pytest -q -n $(WORKERS) --dist loadfile -m "parity or aot or slurm" --timeout 900 $(TESTS)
+	@$(FULL) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "parity or aot or slurm" --timeout 900 $(TESTS)
 
 test-aot: $(VENV)/.aot
-	@$(AOT) -m pytest -q -n $(WORKERS) --dist loadfile -m aot --timeout 900 $(TESTS)
+	@$(AOT) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m aot --timeout 900 $(TESTS)
 
 lint: $(VENV)/.dev
 	@$(RUN) -m ruff check .

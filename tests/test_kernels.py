@@ -51,6 +51,7 @@ def test_parity_in_bfloat16(name, T, H, G, K, lengths):
     assert_close(run(*given, ids, implementation=by(name)), *given, ids)
 
 
+@pytest.mark.slow
 @kernels(F32)
 @pytest.mark.parametrize(("T", "H", "G", "K", "lengths"), GRID)
 def test_parity_in_float32(name, T, H, G, K, lengths):
