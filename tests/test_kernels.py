@@ -13,7 +13,8 @@ from kernel_cases import BF16, DTYPES, F32, NAMES, assert_close, kernel_calls, k
 from tinyllama_jax import config, sharding
 from tinyllama_jax.attention import attention, fused
 
-# T, H, G, K, documents.  Odd lengths are padded; 192 and 320 end in half a block of 128.
+# T, H, G, K, documents.  Odd lengths are padded; 192 and 320 end in half a block of 128.  Every other one is taken in
+# float32; each kernel's own tests know its blocks and take both types.
 GRID = [
     (64, 4, 4, 64, None),
     (65, 8, 1, 64, [30, 35]),
@@ -51,9 +52,8 @@ def test_parity_in_bfloat16(name, T, H, G, K, lengths):
     assert_close(run(*given, ids, implementation=by(name)), *given, ids)
 
 
-@pytest.mark.slow
 @kernels(F32)
-@pytest.mark.parametrize(("T", "H", "G", "K", "lengths"), GRID)
+@pytest.mark.parametrize(("T", "H", "G", "K", "lengths"), GRID[::2])
 def test_parity_in_float32(name, T, H, G, K, lengths):
     given = problem(2 if T < 128 else 1, T, H, G, K, F32)
     ids = None if lengths is None else jnp.broadcast_to(packed(lengths, T), given[0].shape[:2])
@@ -94,7 +94,7 @@ def test_equal_values_come_back_and_a_document_of_one_token_is_its_value(name):
 
 
 @kernels()
-@pytest.mark.parametrize("border", [63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("border", [63, 64, 129])
 def test_documents_that_end_around_a_blocks_edge(name, border):
     given = problem(1, 256, 2, 1, 64, DTYPES[name][0])
     ids = packed([border, 256 - border])
