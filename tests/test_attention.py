@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tinyllama_jax import config, sharding
-from tinyllama_jax.attention import Call, attention, choice, choose
+from tinyllama_jax.attention import Call, attention, choice, choose, ranges
 from tinyllama_jax.config import ConfigError
 
 B, T, H, G, K = 2, 12, 6, 2, 8
@@ -64,6 +64,14 @@ def test_a_batch_of_one_row(name, groups, documents):
     got = jax.jit(attention, static_argnames="implementation")(*laid_out, documents=documents, implementation=name)
     assert got.sharding.spec == laid_out[0].sharding.spec
     np.testing.assert_allclose(got, by_loops(q, k, v, documents), atol=2e-6)
+
+
+def test_ranges_of_one_row_under_every_layout():
+    spread = jax.device_put(DOCUMENTS[:1], sharding.batch_sharding(jax.sharding.get_mesh()))
+    for given in (spread, jnp.asarray(DOCUMENTS[:1])):
+        first, end = jax.jit(ranges)(given)
+        np.testing.assert_array_equal(first, [[0] * 5 + [5] * 7])
+        np.testing.assert_array_equal(end, [[5] * 5 + [12] * 7])
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from kernel_cases import BF16, DTYPES, F32, NAMES, assert_close, kernel_calls, kernels, packed, problem, run, truth
 
 from tinyllama_jax import config, sharding
-from tinyllama_jax.attention import attention, fused
+from tinyllama_jax.attention import attention, choice, fused
 
 # T, H, G, K, documents.  Odd lengths are padded; 192 and 320 end in half a block of 128.  Every other one is taken in
 # float32; each kernel's own tests know its blocks and take both types.
@@ -269,13 +269,16 @@ def test_sharded_rows_and_heads_need_no_collective(name):
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize(("remat", "forwards"), [("save_dots_and_attention", 1), ("none", 1), ("full", 2)])
 @kernels()
-def test_a_policy_that_keeps_the_result_runs_the_forward_kernel_once(name, remat, forwards, scan_layers):
+def test_a_policy_that_keeps_the_result_runs_the_forward_kernel_once(name, remat, forwards, scan_layers, monkeypatch):
+    """Traced for the device that each kernel is for: a simulated Hopper cannot be rematerialised."""
     from tinyllama_jax.config import Execution, Model
     from tinyllama_jax.model import transformer
 
     layers = 2
     cfg = Model(vocab_size=32, d_model=64, layers=layers, heads=2, kv_heads=1, head_dim=64, d_ff=64, context_tokens=128)
-    execution = Execution(attention=by(name), remat=remat, scan_layers=scan_layers)
+    target = ("tpu", "TPU v4") if name == "tpu" else ("gpu", "NVIDIA H200")
+    monkeypatch.setattr(choice, "device", lambda: target)
+    execution = Execution(attention=name, remat=remat, scan_layers=scan_layers)
     params = transformer.init(cfg, jax.random.key(0))
     tokens = jnp.zeros((1, 128), jnp.int32)
     loss = lambda params: transformer.hidden(params, tokens, cfg, execution).astype(F32).sum()  # noqa: E731

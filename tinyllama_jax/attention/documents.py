@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tinyllama_jax import sharding
+
 
 class Ranges(NamedTuple):
     """int32 [B, T] each, non-decreasing along T, with first[t] <= t < end[t]."""
@@ -27,7 +29,9 @@ def ranges(documents_BT: jax.Array, window: int | None = None) -> Ranges:
 
     Made once per batch and passed to every layer.  window: as in `narrow`.
     """
-    T = documents_BT.shape[1]
+    B, T = documents_BT.shape
+    if B == 1 and sharding.batch_axes(documents_BT) is not None:
+        documents_BT = sharding.gather(documents_BT)  # JAX 0.12 forgets axes of size 1 where a row is sliced
     position_T = jnp.arange(T, dtype=jnp.int32)
     # Slices of the row would need its axis unsharded by name; a roll and the known first position do not.
     begins_BT = (documents_BT != jnp.roll(documents_BT, 1, axis=1)) | (position_T == 0)
