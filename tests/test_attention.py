@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from quick_experiment import quick_command
 
 from tinyllama_jax import config, sharding
 from tinyllama_jax.attention import Call, attention, choice, choose, ranges
+from tinyllama_jax.cli import main
 from tinyllama_jax.config import ConfigError
 
 B, T, H, G, K = 2, 12, 6, 2, 8
@@ -211,3 +213,10 @@ def test_what_cannot_be_computed_is_refused_in_one_line(change, words):
     with pytest.raises(ConfigError, match=words) as error:
         attention(q, k, v, implementation=change.get("implementation", "auto"), **extra)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_with_an_attention_that_cannot_serve_it_writes_nothing(small_store, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main(quick_command(small_store, workdir, "execution.attention=hopper")) == 78
+    assert capsys.readouterr().err.splitlines()[-1].endswith("it runs on GPUs and this is a cpu; try auto")
+    assert not [path for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"]

@@ -323,3 +323,8 @@ def test_bytes_of_a_device_are_those_of_its_shards():
     sharding = jax.sharding.NamedSharding(mesh, P("data", None))
     tree = {"a": jax.ShapeDtypeStruct((16, 3), np.float32, sharding=sharding)}
     assert step._local_bytes(tree) == 2 * 3 * 4
+
+
+def test_half_a_name_suggests_the_whole_one():
+    with pytest.raises(UsageError, match=r"did you mean 'a100-\d0g'"):
+        targets.parse("a100:2x8")

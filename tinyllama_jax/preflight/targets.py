@@ -183,5 +183,6 @@ def parse(text: str) -> Target:
             raise UsageError(f"--target {text}: {name} comes as {', '.join(name + ':' + s for s in tpu.shapes)}")
         advice = f"the limit of {tpu.usable_gib} GiB that libtpu states"
         return Target(text, "tpu", tpu.kind, math.prod(sizes), int(tpu.usable_gib * GIB), advice, sizes)
-    hint = nearest(name, [*GPUS, *TPUS]) if name not in (*GPUS, *TPUS) else ""
+    longer = [known for known in (*GPUS, *TPUS) if name and known.startswith(name)]  # a100: not the h100
+    hint = nearest(name, longer or [*GPUS, *TPUS]) if name not in (*GPUS, *TPUS) else ""
     raise UsageError(f"--target {text}: not a target{hint}; {HOW}")

@@ -63,6 +63,7 @@ def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change:
         # Weights and two moments in float32; a new checkpoint is complete before the one it replaces is removed.
         health.check_space(workdir, 2 * 3 * 4 * flops.parameter_counts(run.model)["total"])
         with computing(mesh, run.model.compute_dtype):
+            name, reason = attention.choose(run.execution.attention, attention.Call.of(run))
             target = train_state.abstract(run, mesh)
             done, state, how = start.begin(
                 run, plan, store, checkpoints, target, mesh, allow_config_change=allow_config_change
@@ -71,7 +72,6 @@ def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change:
             tracker = track.Tracker(workdir, run, plan, resume_step=done)
             try:
                 tracker.event("start", how=how, step=done)
-                name, reason = attention.choose(run.execution.attention, attention.Call.of(run))
                 tracker.event("attention", implementation=name, reason=reason)
                 start.say(f"attention: {name} ({reason})")
                 start.say(f"{workdir}: {how}; {plan.total_steps - done} steps to go")
