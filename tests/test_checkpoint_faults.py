@@ -16,11 +16,12 @@ from tinyllama_jax.config import CheckpointError
 from tinyllama_jax.train.checkpoint import Checkpoints
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
+@pytest.fixture(params=["size=3m", "size=9m,nr_inodes=26"], ids=["no bytes left", "no files left"])
+def tiny_disk(request, tmp_path):
+    """Room for one checkpoint.  That bytes are missing is seen before orbax starts, other limits only by writing."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", request.param, "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not permitted")
     yield disk
     subprocess.run(["umount", disk], check=True)
@@ -36,7 +37,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_are_intact(tiny_disk, c
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
     assert os.listdir(tiny_disk / "checkpoints") == ["00000001"]
-    subprocess.run(["mount", "-o", "remount,size=9m", tiny_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=9m,nr_inodes=500", tiny_disk], check=True)
     step, items, _ = checkpoints.restore({"params": {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}})
     assert step == 1
     np.testing.assert_array_equal(items["params"]["x"], x)

@@ -275,6 +275,7 @@ def _write(final: Path, step, host, meta, permanent, tokenizer_files, before_com
     temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir()
+        durable.require_room(temporary, sum(array.nbytes for arrays in host.values() for array in arrays.values()))
         for item, arrays in host.items():
             stored = {name: array for name, array in arrays.items() if array.size}  # orbax refuses empty arrays
             if stored:
@@ -296,7 +297,7 @@ def _write(final: Path, step, host, meta, permanent, tokenizer_files, before_com
         before_commit()
         durable.commit(temporary, final)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        durable.discard(temporary)
         raise
 
 

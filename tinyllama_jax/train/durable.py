@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from tinyllama_jax.config import CheckpointError
@@ -79,6 +80,29 @@ def remove(path: Path) -> None:
     doomed = path.with_name(f"{path.name}.tmp-old")
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def require_room(directory: Path, n_bytes: int) -> None:
+    """OSError (ENOSPC) if so many bytes cannot fit: orbax would find that out in several threads, half way."""
+    if shutil.disk_usage(directory).free < n_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+
+
+def discard(temporary: Path) -> None:
+    """Deletes a directory that could not be completed.
+
+    Orbax reports the first failure while its other writes go on, and each of them makes its directories again: the
+    name must stay free for half a second, for at most ten.  What a later one leaves, `mend` deletes on the next start.
+    """
+    end = time.monotonic() + 10
+    free_since = None
+    while time.monotonic() < end and (free_since is None or time.monotonic() - free_since < 0.5):
+        if temporary.exists():
+            free_since = None
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif free_since is None:
+            free_since = time.monotonic()
+        time.sleep(0.02)
 
 
 def seal(temporary: Path) -> None:
