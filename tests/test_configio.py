@@ -119,11 +119,13 @@ def test_an_experiment_is_found_in_the_current_directory(tmp_path, monkeypatch):
         "    s = Stage(name='a', tokens=8, batch_tokens=8, mixture={'x': 1.0})\n"
         "    return Run(name='mine', model=m, data=Data(store='s', sequence_tokens=8), curriculum=(s,))\n"
         "def sweep():\n    return [go(), go()]\n"
+        "def _helper():\n    return go()\n"
     )
     monkeypatch.chdir(tmp_path)
     assert configio.load_experiment("mine_here:go").name == "mine"
     for wrong, message in [
         ("mine_here:goo", "did you mean 'go'"),
+        ("mine_here:nothing_like_it", r"\(there are: go, sweep\)"),
         ("nowhere:go", "no module 'nowhere'"),
         ("mine_here", "module:function"),
     ]:

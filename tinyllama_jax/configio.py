@@ -266,7 +266,8 @@ def load_experiment(name: str, search: Sequence[str] = ()) -> Run:
         raise ConfigError(f"experiment {name!r}: it imports {error.name!r}, which is not installed") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        public = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        public = [n for n in own if not n.startswith("_")]
         hint = nearest(function_name, public) or f" (there are: {', '.join(public)})"
         raise UsageError(f"experiment {name!r}: {module_name} has no function {function_name!r}{hint}")
     run = function()
