@@ -10,6 +10,8 @@
 VENV ?= .venv
 # test processes; each simulates eight devices
 WORKERS ?= 2
+# a test that hangs is ended by its timeout, together with its process; another process would run it again
+SPREAD := -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 RUN := $(VENV)/bin/python
 FULL := $(VENV)/full/bin/python
 AOT := $(VENV)/aot/bin/python
@@ -71,13 +73,13 @@ demo: $(VENV)/.run
 	@$(RUN) -m tinyllama_jax demo --workdir runs/demo
 
 test: $(VENV)/.dev
-	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 300 $(TESTS)
+	@$(RUN) -m pytest $(SPREAD) --timeout 300 $(TESTS)
 
 test-full: $(VENV)/.full
-	@$(FULL) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "parity or aot or slurm" --timeout 900 $(TESTS)
+	@$(FULL) -m pytest $(SPREAD) -m "parity or aot or slurm" --timeout 900 $(TESTS)
 
 test-aot: $(VENV)/.aot
-	@$(AOT) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m aot --timeout 900 $(TESTS)
+	@$(AOT) -m pytest $(SPREAD) -m aot --timeout 900 $(TESTS)
 
 lint: $(VENV)/.dev
 	@$(RUN) -m ruff check .

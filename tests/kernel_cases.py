@@ -40,10 +40,17 @@ def packed(lengths, T=None):
     return jnp.asarray(ids[None])
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "window", "soft_cap"))
-def run(q, k, v, do, documents=None, *, implementation, window=None, soft_cap=None, dlse=None):
-    """(o, lse, dq, dk, dv) by one implementation; the log-sum-exp's cotangent is `dlse` or zero."""
+def run(*args, **options):
+    """(o, lse, dq, dk, dv) by one implementation; the log-sum-exp's cotangent is `dlse` or zero.
 
+    Computed when this returns: a simulated Hopper starts programs of its own, and XLA's CPU client admits 32 at a time.
+    If operations that wait for its results have taken all of them, neither side can go on.
+    """
+    return jax.block_until_ready(everything(*args, **options))
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "window", "soft_cap"))
+def everything(q, k, v, do, documents=None, *, implementation, window=None, soft_cap=None, dlse=None):
     def both(q, k, v):
         return attention(
             q,

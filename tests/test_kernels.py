@@ -8,7 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from kernel_cases import BF16, DTYPES, F32, NAMES, assert_close, kernel_calls, kernels, packed, problem, run, truth
+from kernel_cases import (
+    BF16,
+    DTYPES,
+    F32,
+    NAMES,
+    assert_close,
+    everything,
+    kernel_calls,
+    kernels,
+    packed,
+    problem,
+    run,
+    truth,
+)
 
 from tinyllama_jax import config, sharding
 from tinyllama_jax.attention import attention, choice, fused
@@ -255,7 +268,7 @@ def test_sharded_rows_and_heads_need_no_collective(name):
         rows = ("replica", "data")
         spread = [jax.device_put(x, P(rows, None, "tensor", None)) for x in given]
         ids = jax.device_put(ids, P(rows, None))
-        text = run.lower(*spread, ids, implementation=by(name)).compile().as_text()
+        text = everything.lower(*spread, ids, implementation=by(name)).compile().as_text()
         together = run(*spread, ids, implementation=by(name))
         assert together[0].sharding.spec == spread[0].sharding.spec
     # The kernels do the same, but the interpreter's XLA fuses by shape; on a device they are equal.

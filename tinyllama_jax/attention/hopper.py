@@ -73,7 +73,8 @@ def forward(
     """o_BTHK in q's dtype and lse_BHT, float32, the natural logarithm of the sum over exp(q.k / sqrt(K)).
 
     T is a multiple of GRANULE.  kind: the device_kind of the GPU.  interpret: True, or parameters of JAX's interpreter
-    for Mosaic kernels.  Raises ConfigError for a GPU that is not a Hopper.
+    for Mosaic kernels, whose results are to be waited for: with 32 operations queued behind them it cannot go on.
+    Raises ConfigError for a GPU that is not a Hopper.
     """
     assert refuses(head_dim=q_BTHK.shape[3], dtype=q_BTHK.dtype, soft_cap=soft_cap) is None
     assert q_BTHK.shape[1] % GRANULE == 0, q_BTHK.shape
