@@ -1,6 +1,7 @@
 """What the tests of our attention kernels share: which kernels there are, random problems, and the truth about them."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,21 @@ def everything(q, k, v, do, documents=None, *, implementation, window=None, soft
 
     (o, lse), pull = jax.vjp(both, q, k, v)
     return o, lse, *pull((do, jnp.zeros_like(lse) if dlse is None else dlse))
+
+
+def formula(q_BTHK, k_BTGK, v_BTGK, mask_BTS, soft_cap=None):
+    """o and lse as the definition says them, in the dtype given; every query sees a key in mask_BTS."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BTGK.shape[2]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    scores_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BTGK, precision="highest") / math.sqrt(K)
+    if soft_cap is not None:
+        scores_BGRTS = soft_cap * jnp.tanh(scores_BGRTS / soft_cap)
+    scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
+    lse_BGRT = jax.nn.logsumexp(scores_BGRTS, axis=-1)
+    p_BGRTS = jnp.exp(scores_BGRTS - lse_BGRT[..., None])
+    o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", p_BGRTS, v_BTGK, precision="highest")
+    return o_BTGRK.reshape(B, T, H, K), lse_BGRT.reshape(B, H, T)
 
 
 def truth(q, k, v, do, documents=None, **options):

@@ -1,7 +1,6 @@
 """The Hopper kernels, interpreted with a watch for races, against the formula; compiled for an H200 (aot)."""
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import formula
 
 from tinyllama_jax.attention import hopper
 from tinyllama_jax.attention.documents import ranges, visible
@@ -46,20 +46,9 @@ def everything(arrays, cotangents, given):
 
 def expected(arrays, cotangents, given):
     """The same in float32 by the formula."""
-    B, T, H, K = arrays[0].shape
-    G = arrays[1].shape[2]
+    B, T = arrays[0].shape[:2]
     mask_BTS = jnp.tril(jnp.ones((B, T, T), bool)) if given is None else visible(given)
-
-    def formula(q_BTHK, k_BTGK, v_BTGK):
-        q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-        scores_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BTGK, precision="highest") / math.sqrt(K)
-        scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
-        lse_BGRT = jax.nn.logsumexp(scores_BGRTS, axis=-1)
-        p_BGRTS = jnp.exp(scores_BGRTS - lse_BGRT[..., None])
-        o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", p_BGRTS, v_BTGK, precision="highest")
-        return o_BTGRK.reshape(B, T, H, K), lse_BGRT.reshape(B, H, T)
-
-    out, pull = jax.vjp(formula, *(x.astype(F32) for x in arrays))
+    out, pull = jax.vjp(lambda *x: formula(*x, mask_BTS), *(x.astype(F32) for x in arrays))
     do, dlse = cotangents
     return *out, *pull((do.astype(F32), dlse))
 

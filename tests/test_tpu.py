@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from kernel_cases import formula
 
 from tinyllama_jax.attention import documents, tpu
 from tinyllama_jax.attention import tpu_blocks as tb
@@ -36,20 +36,6 @@ def inputs(B: int, T: int, H: int, G: int, K: int, dtype) -> list[jax.Array]:
     shapes = [(B, T, H, K), (B, T, G, K), (B, T, G, K), (B, T, H, K)]
     random = [np.random.default_rng(n).standard_normal(shape) for n, shape in enumerate([*shapes, (B, H, T)])]
     return [jnp.asarray(x, dtype) for x in random[:4]] + [jnp.asarray(random[4], jnp.float32)]
-
-
-def formula(q_BTHK, k_BTGK, v_BTGK, mask_BTS, soft_cap=None):
-    """Output and log-sum-exp in float32."""
-    B, T, H, K = q_BTHK.shape
-    G = k_BTGK.shape[2]
-    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-    s_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BTGK, precision="highest") / math.sqrt(K)
-    if soft_cap is not None:
-        s_BGRTS = soft_cap * jnp.tanh(s_BGRTS / soft_cap)
-    s_BGRTS = jnp.where(mask_BTS[:, None, None], s_BGRTS, -1e30)
-    lse_BGRT = jax.nn.logsumexp(s_BGRTS, axis=-1)
-    o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", jnp.exp(s_BGRTS - lse_BGRT[..., None]), v_BTGK, precision="highest")
-    return o_BTGRK.reshape(B, T, H, K), lse_BGRT.reshape(B, H, T)
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,26 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import formula
 
 from tinyllama_jax.attention import triton
 from tinyllama_jax.attention.documents import Ranges, ranges, visible
 
 KIND = "NVIDIA A100-SXM4-40GB"
-
-
-def formula(q_BTHK, k_BTGK, v_BTGK, mask_BTS, soft_cap=None):
-    """o and lse as the definition says them."""
-    B, T, H, K = q_BTHK.shape
-    G = k_BTGK.shape[2]
-    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-    scores_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BTGK, precision="highest") / math.sqrt(K)
-    if soft_cap is not None:
-        scores_BGRTS = soft_cap * jnp.tanh(scores_BGRTS / soft_cap)
-    scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
-    lse_BGRT = jax.nn.logsumexp(scores_BGRTS, axis=-1)
-    p_BGRTS = jnp.exp(scores_BGRTS - lse_BGRT[..., None])
-    o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", p_BGRTS, v_BTGK, precision="highest")
-    return o_BTGRK.reshape(B, T, H, K), lse_BGRT.reshape(B, H, T)
 
 
 def lengths(B: int, T: int) -> Ranges:
