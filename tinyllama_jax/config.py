@@ -127,9 +127,17 @@ class Recipe:
     # (its author says so); its code since 2023-10 writes `eos` only.
     document_marks: Literal["eos", "bos", "both", "none"] = "eos"
     validation_share: float = 0.05  # share of documents held out, chosen by a hash of their text
+    filters: tuple[str, ...] = ()  # which documents to leave out, as on the command line of `prepare`
+    window_tokens: int = 2049  # windows are stored and checked whole; 2048 predicted tokens and one more
+    # `none`: documents in a row, cut wherever a window ends, as TinyLlama did.  `best_fit`: each window is filled with
+    # documents that fit, and none is cut that fits into one.
+    packing: Literal["none", "best_fit"] = "none"
+    item_bytes: int = 256 << 20  # input that is tokenised at a time, by one process
 
     def __post_init__(self):
         _require(bool(self.sources), "data.recipe.sources is empty")
+        _require(self.window_tokens > 1, f"data.recipe.window_tokens is {self.window_tokens}; it must be at least 2")
+        _require(self.item_bytes > 0, f"data.recipe.item_bytes is {self.item_bytes}; it must be positive")
         _require(
             0 < self.validation_share < 1,
             f"data.recipe.validation_share is {self.validation_share}; it must lie in (0, 1)",
@@ -145,6 +153,11 @@ class Data:
     # which marks the store's documents must carry; `any` = whatever it has
     document_marks: Literal["any", "eos", "bos", "both", "none"] = "any"
     recipe: Recipe | None = None  # makes `store` when it is missing
+    cache: str = ""  # folder on a local disk that keeps what was read of a store in object storage
+    # Neighbouring windows that stay neighbours when shuffled: 1 = every window for itself, right for local disks;
+    # network storage reads 64 together several times faster.
+    shuffle_block_windows: int = 1
+    skip_ranges: tuple[tuple[int, int], ...] = ()  # batches [first, last) that are stepped over, each in one stage
 
     def __post_init__(self):
         _require(bool(self.store), "data.store is empty; it names the token store's directory")

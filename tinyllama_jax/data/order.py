@@ -1,162 +1,210 @@
-"""Which window of which source stands in which row of which batch: a closed-form map.
+"""Which window of which source stands in which row of which batch: a map without a past.
 
-Three exact steps, none of which looks at the past:
-1. mixture: nested two-way splits (the first source against the rest, the second against the rest of the rest, ...)
-   in integer fixed point.  A source is taken whenever its accumulated share passes a whole number, so each source is
-   consumed 0, 1, 2, ... without gap or repeat.  It stays within 2 windows of its ideal running share for up to five
-   sources of constant share (1 for two sources); in ramps between random mixtures of five we have seen 2.2.
+1. mixture (quotas.py): every source stays within one window of its due share after every row.
 2. epoch: the n-th window consumed of a source is position n % windows of epoch n // windows.
-3. shuffle: a keyed permutation of the source's windows, a Feistel network of 16 rounds.  (Few rounds are measurably
-   not random: with 4 rounds neighbouring draws correlate by up to 0.46.)
+3. shuffle (permutation.py): a keyed permutation of the source's windows per epoch; of blocks of windows where reading
+   in runs matters.
 
-The table of mixture segments depends only on stages up to a step, so editing the future never moves the past.
+A batch depends on the stages up to its own and on nothing later, so editing the future never moves the past.
 """
 
 from __future__ import annotations
 
 import bisect
-import functools
-import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from tinyllama_jax.config import ConfigError
-from tinyllama_jax.schedules import Plan, mixture_at
+from tinyllama_jax.data.permutation import permute, round_keys
+from tinyllama_jax.data.quotas import ONE, Phase
+from tinyllama_jax.schedules import Plan, PlannedStage, mixture_at
 
-# Shares are multiples of 2**-40: rounding adds up to under a hundredth of a window in 10**9 windows, and a batch of
-# up to 2**22 rows accumulates in int64.
-BITS = 40
-ONE = 1 << BITS
-ROUNDS = 16
+VERSION = 2  # of the order that one configuration gives; part of a run's identity
 # Longer ramps are cut into this many pieces of equal share, so that the table stays small.
 RAMP_PIECES = 4096
+SHUFFLED_BLOCKS = 16  # with block shuffle, so many blocks that follow each other in the order are mixed
 
 
 @dataclass(frozen=True)
-class _Segment:
-    """A run of batches with constant shares.  Tuples hold one integer per source, in the order of Order.sources."""
+class _Phase:
+    """A ramp, or the constant rest of a stage: the sources in it do not change."""
 
     start_step: int
     batch_sequences: int
-    taken: tuple[int, ...]  # windows consumed before the segment
-    carry: tuple[int, ...]  # accumulated part of the next window, in [0, ONE)
-    splits: tuple[int, ...]  # share of the source in what the sources before it left over, in [0, ONE]
+    sources: tuple[int, ...]  # in Order.sources
+    taken: tuple[int, ...]  # windows consumed of every source before
+    quotas: Phase
 
 
 class Order:
-    """The data order of a run: a pure function of (plan so far, windows per source, seed).
+    """The data order of a run: a pure function of (plan so far, windows per source, seed, skipped steps).
 
     windows: training windows of each source.  epochs: 'reshuffle' gives every pass its own permutation, 'replay'
-    repeats the first pass.  `sources` are the names that source indices refer to, sorted.
-    Raises ConfigError if the plan mixes a source that has no window.
+    repeats the first pass.  block_windows: windows that stay neighbours (see `_in_blocks`); 1 = all are shuffled.
+    skip_ranges: (first, end) steps: from step `first` on the run goes on behind the windows that steps first:end
+    would have consumed.  `sources` are the names that source indices refer to, sorted.
+    Raises ConfigError if the plan mixes a source that has no window, or a skip range does not lie in one stage.
     """
 
-    def __init__(self, plan: Plan, windows: dict[str, int], seed: int, epochs: Literal["reshuffle", "replay"]):
-        self.plan, self.seed, self.epochs = plan, seed, epochs
+    def __init__(
+        self,
+        plan: Plan,
+        windows: dict[str, int],
+        seed: int,
+        epochs: Literal["reshuffle", "replay"] = "reshuffle",
+        *,
+        block_windows: int = 1,
+        skip_ranges: tuple[tuple[int, int], ...] = (),
+    ):
+        self.plan, self.seed, self.epochs, self.block_windows = plan, seed, epochs, block_windows
         self.sources = tuple(sorted({name for s in plan.stages for name in (*s.stage.mixture, *s.ramp_from)}))
         for name in self.sources:
             if windows.get(name, 0) < 1:
                 raise ConfigError(f"source {name!r} has no training window; remove it from the mixture or add data")
         self._windows = np.array([windows[name] for name in self.sources], np.int64)
-        self._segments = _segments(plan, self.sources)
-        self._starts = [s.start_step for s in self._segments]
+        self._phases = _phases(plan, self.sources)
+        self._starts = [phase.start_step for phase in self._phases]
+        self._skipped = [(0, np.zeros(len(self.sources), np.int64))]
+        for first, end in sorted(skip_ranges):
+            _check_skip(plan, first, end)
+            missed = self._scheduled(end) - self._scheduled(first)
+            self._skipped.append((first, self._skipped[-1][1] + missed))
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Rows start:stop of batch `step` -> (index into `sources` int64 [n], window id int64 [n])."""
         size = self.plan.at_step(step).batch_sequences
         stop = size if stop is None else stop
-        # Python integers from here on: an int64 step would overflow in offset * split.
         step, start, stop = int(step), int(start), int(stop)
         if not 0 <= start <= stop <= size:
             raise IndexError(f"rows {start}:{stop} lie outside a batch of {size}")
-        segment, offset = self._find(step)
-        offset += start
-        source = np.empty(stop - start, np.int64)
-        position = np.empty(stop - start, np.int64)  # how many windows of its source were consumed before the row
-        left = np.arange(stop - start)  # rows that no earlier source has taken
-        for index, (taken, carry, split) in enumerate(zip(segment.taken, segment.carry, segment.splits, strict=True)):
-            if not split:
-                continue
-            whole, part = divmod(carry + offset * split, ONE)
-            passed = (part + np.arange(len(left) + 1, dtype=np.int64) * split) >> BITS
-            chosen = passed[1:] > passed[:-1]
-            source[left[chosen]] = index
-            position[left[chosen]] = taken + whole + passed[:-1][chosen]
-            left = left[~chosen]
-            offset -= whole
+        phase, draw = self._find(step)
+        before = self._before(phase, draw + start) + self._skips(step)
+        source = np.array(phase.sources, np.int64)[phase.quotas.sources(draw + start, draw + stop)]
+        position = np.empty_like(source)  # how many windows of its source were consumed before the row
+        for index in phase.sources:
+            mine = np.flatnonzero(source == index)
+            position[mine] = before[index] + np.arange(mine.size)
         return source, self._shuffle(source, position)
 
     def counts(self, step: int) -> dict[str, int]:
-        """Windows consumed of each source before batch `step`, 0 <= step <= total_steps.  Exact."""
-        self.plan.tokens_at(step)  # IndexError outside the run
-        segment, offset = self._find(int(step))
-        counts = {}
-        for name, taken, carry, split in zip(self.sources, segment.taken, segment.carry, segment.splits, strict=True):
-            whole = (carry + offset * split) >> BITS
-            counts[name] = taken + whole
-            offset -= whole
-        return counts
+        """Windows trained on of each source before batch `step`, 0 <= step <= total_steps.  Exact."""
+        return dict(zip(self.sources, self._scheduled(step).tolist(), strict=True))
 
     def epoch(self, step: int) -> dict[str, float]:
-        """Passes over each source before batch `step`."""
-        return {name: count / int(n) for (name, count), n in zip(self.counts(step).items(), self._windows, strict=True)}
+        """Passes over each source before batch `step`, skipped windows included."""
+        passed = self._scheduled(step) + self._skips(step)
+        return dict(zip(self.sources, (passed / self._windows).tolist(), strict=True))
 
-    def _find(self, step: int) -> tuple[_Segment, int]:
-        segment = self._segments[bisect.bisect_right(self._starts, step) - 1]
-        return segment, (step - segment.start_step) * segment.batch_sequences
+    def _scheduled(self, step: int) -> np.ndarray:
+        self.plan.tokens_at(step)  # IndexError outside the run
+        return self._before(*self._find(int(step)))
+
+    def _skips(self, step: int) -> np.ndarray:
+        return self._skipped[bisect.bisect_right([first for first, _ in self._skipped], step) - 1][1]
+
+    def _find(self, step: int) -> tuple[_Phase, int]:
+        phase = self._phases[bisect.bisect_right(self._starts, step) - 1]
+        return phase, (step - phase.start_step) * phase.batch_sequences
+
+    def _before(self, phase: _Phase, draw: int) -> np.ndarray:
+        counts = np.array(phase.taken, np.int64)
+        counts[list(phase.sources)] += phase.quotas.counts(draw)
+        return counts
 
     def _shuffle(self, source: np.ndarray, position: np.ndarray) -> np.ndarray:
-        windows = self._windows[source]
-        epoch, index = np.divmod(position, windows)
+        epoch, index = np.divmod(position, self._windows[source])
         if self.epochs == "replay":
             epoch = np.zeros_like(epoch)
-        # One permutation per (source, epoch) in the batch, all rows in one vectorised pass.
+        window = np.empty_like(index)
         pairs, which = np.unique(epoch * len(self.sources) + source, return_inverse=True)
-        keys = np.stack(
-            [round_keys(self.seed, self.sources[p % len(self.sources)], p // len(self.sources)) for p in pairs.tolist()]
-            or [np.zeros(ROUNDS, np.uint64)],
-            axis=1,
-        )
-        return permute(index, windows, keys[:, which] if len(pairs) > 1 else keys)
+        for number, pair in enumerate(pairs.tolist()):
+            rows = which == number
+            turn, of = divmod(pair, len(self.sources))
+            window[rows] = self._permuted(index[rows], int(self._windows[of]), self.sources[of], turn)
+        return window
+
+    def _permuted(self, index: np.ndarray, size: int, name: str, epoch: int) -> np.ndarray:
+        keys = round_keys(self.seed, name, epoch)
+        if self.block_windows == 1:
+            return permute(index, size, keys[:, None])
+        return _in_blocks(index, size, self.block_windows, keys, lambda part: round_keys(self.seed, name, epoch, part))
 
 
-def _segments(plan: Plan, sources: tuple[str, ...]) -> list[_Segment]:
-    segments = []
-    taken = [0] * len(sources)
-    ideal = [0] * len(sources)  # exact cumulative shares, in windows * ONE
+def _in_blocks(index: np.ndarray, size: int, block: int, keys: np.ndarray, keys_of) -> np.ndarray:
+    """A permutation of range(size) that reads in runs: blocks of `block` neighbours are permuted, and then the windows
+    inside of each SHUFFLED_BLOCKS blocks that follow one another.  What fills no block comes last; a rotation, another
+    one in each epoch, decides what that is."""
+    whole = size // block * block
+    span = block * SHUFFLED_BLOCKS
+    out = np.empty_like(index)
+    for group in np.unique(index // span).tolist():
+        rows = np.flatnonzero((index // span == group) & (index < whole))
+        first = group * span
+        place = first + permute(index[rows] - first, min(span, whole - first), keys_of(group + 1)[:, None])
+        out[rows] = permute(place // block, whole // block, keys[:, None]) * block + place % block
+    rows = np.flatnonzero(index >= whole)
+    out[rows] = whole + permute(index[rows] - whole, size - whole, keys[:, None])
+    return (out + int(keys[0] % np.uint64(size))) % size
+
+
+def _check_skip(plan: Plan, first: int, end: int) -> None:
+    where = f"data.skip_ranges has ({first}, {end})"
+    if not 0 <= first < end <= plan.total_steps:
+        raise ConfigError(f"{where}; it must be two steps (first, end) of the run's {plan.total_steps}, first < end")
+    if plan.at_step(first).index != plan.at_step(end - 1).index:
+        border = plan.at_step(first).end_step
+        raise ConfigError(f"{where}, which crosses the stage border at step {border}; give each stage its own range")
+
+
+def _phases(plan: Plan, sources: tuple[str, ...]) -> list[_Phase]:
+    phases: list[_Phase] = []
+    taken, owed = np.zeros(len(sources), np.int64), [0] * len(sources)
     for planned in plan.stages:
         ramp_steps = -(-planned.stage.ramp_tokens // planned.batch_tokens)
-        piece = -(-ramp_steps // RAMP_PIECES) or 1
-        starts = [*range(0, ramp_steps, piece), ramp_steps]
-        ends = [*starts[1:], planned.end_step - planned.start_step]
-        for start, end in zip(starts, ends, strict=True):
-            if end == start:  # the ramp fills the stage
+        steps = planned.end_step - planned.start_step
+        for start, end in ((0, ramp_steps), (ramp_steps, steps)):
+            if start == end:
                 continue
-            middle = planned.start_tokens + (start + end) * planned.batch_tokens / 2
-            mixture = mixture_at(plan, middle) if start < ramp_steps else planned.stage.mixture
-            shares = _fixed_point(mixture, sources)
-            splits, carry = [], []
-            rest, actual_rest, ideal_rest = ONE, sum(taken), sum(ideal)
-            for share, had, due in zip(shares, taken, ideal, strict=True):
-                split = (share * ONE + rest // 2) // rest if rest else 0
-                # Aim at the ideal share of what really reaches this source, whatever the shares were before: an error
-                # made in one segment is paid back instead of adding up over the segments of a ramp.
-                aim = ONE // 2 + due - had * ONE + (split * (actual_rest * ONE - ideal_rest) >> BITS)
-                splits.append(split)
-                carry.append(min(max(aim, 0), ONE - 1))
-                rest, actual_rest, ideal_rest = rest - share, actual_rest - had, ideal_rest - due
-            segments.append(
-                _Segment(planned.start_step + start, planned.batch_sequences, tuple(taken), tuple(carry), tuple(splits))
+            if start < ramp_steps:
+                pieces = _ramp(plan, planned, ramp_steps, sources)
+            else:
+                pieces = [(steps - start, _fixed_point(planned.stage.mixture, sources))]
+            pieces = [(n * planned.batch_sequences, shares) for n, shares in pieces]
+            mixed = tuple(i for i in range(len(sources)) if any(shares[i] for _, shares in pieces))
+            pieces = [(n, [shares[i] for i in mixed]) for n, shares in pieces]
+            quotas = Phase(pieces, _handed_over(owed, mixed, pieces[0][1]))
+            phases.append(
+                _Phase(planned.start_step + start, planned.batch_sequences, mixed, tuple(taken.tolist()), quotas)
             )
-            rows = offset = (end - start) * planned.batch_sequences
-            for index, share in enumerate(shares):
-                whole = (carry[index] + offset * splits[index]) >> BITS
-                taken[index] += whole
-                ideal[index] += share * rows
-                offset -= whole
-    return segments
+            draws = (end - start) * planned.batch_sequences
+            counts = quotas.counts(draws)
+            owed = [0] * len(sources)
+            for i, due, count in zip(mixed, quotas.due(draws), counts.tolist(), strict=True):
+                owed[i] = due - count * ONE
+                taken[i] += count
+    return phases
+
+
+def _handed_over(owed: list[int], mixed: tuple[int, ...], shares: list[int]) -> list[int]:
+    """What the sources of a phase are owed at its start; what is owed to sources that leave goes to those that stay,
+    by their shares."""
+    inherited = -sum(owed[i] for i in mixed)  # all that is owed adds up to 0
+    kept = [owed[i] + inherited * share // ONE for i, share in zip(mixed, shares, strict=True)]
+    kept[shares.index(max(shares))] -= sum(kept)
+    return kept
+
+
+def _ramp(plan: Plan, planned: PlannedStage, steps: int, sources: tuple[str, ...]) -> list[tuple[int, list[int]]]:
+    """(steps, shares) of the pieces of a ramp, each with the mixture in its middle."""
+    piece = -(-steps // RAMP_PIECES)
+    pieces = []
+    for start in range(0, steps, piece):
+        length = min(piece, steps - start)
+        middle = planned.start_tokens + (start + length / 2) * planned.batch_tokens
+        pieces.append((length, _fixed_point(mixture_at(plan, middle), sources)))
+    return pieces
 
 
 def _fixed_point(mixture: dict[str, float], sources: tuple[str, ...]) -> list[int]:
@@ -172,55 +220,3 @@ def _fixed_point(mixture: dict[str, float], sources: tuple[str, ...]) -> list[in
         shares.append(now - last)
         last = now
     return shares
-
-
-@functools.lru_cache(maxsize=8192)
-def round_keys(seed: int, source: str, epoch: int) -> np.ndarray:
-    """uint64 [ROUNDS] from SHA-256 of (seed, epoch, source's name): adding or renaming another changes nothing."""
-    text = f"tinyllama_jax order 1|{seed}|{epoch}|{source}".encode()
-    digest = b"".join(hashlib.sha256(bytes([block]) + text).digest() for block in range(ROUNDS // 4))
-    return np.frombuffer(digest, "<u8").astype(np.uint64)
-
-
-def permute(index: np.ndarray, size: np.ndarray | int, keys: np.ndarray) -> np.ndarray:
-    """Keyed bijection of range(size): int64 [N], 0 <= index < size -> int64 [N].
-
-    keys: uint64 [ROUNDS, N] or [ROUNDS, 1].  An alternating Feistel network on Z_a x Z_b with a*b just above `size`
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002); the few results outside the range are
-    enciphered again until they fall inside (cycle walking).  Sizes up to 2**62.
-    """
-    out = np.array(index, np.int64)
-    size = np.broadcast_to(np.asarray(size, np.int64), out.shape)
-    keys = np.broadcast_to(keys, (len(keys), *out.shape))
-    # An upper bound of the square root is enough; floats are exact to far better than 1 here.
-    a = np.maximum(np.ceil(np.sqrt(size.astype(np.float64))), 1).astype(np.uint64)
-    b = (size.astype(np.uint64) + a - np.uint64(1)) // a
-    todo = np.arange(len(out))
-    while len(todo):
-        out[todo] = _encipher(out[todo].astype(np.uint64), a[todo], b[todo], keys[:, todo]).astype(np.int64)
-        todo = todo[out[todo] >= size[todo]]
-    return out
-
-
-def _encipher(x: np.ndarray, a: np.ndarray, b: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    low = x % a
-    high = x // a
-    for number, key in enumerate(keys):
-        if number % 2:
-            high = _add(high, _mix(low, key), b)
-        else:
-            low = _add(low, _mix(high, key), a)
-    return high * a + low
-
-
-def _mix(value: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """32 well-mixed bits of (value, key): multiply and fold, constants of the SplitMix64 finaliser."""
-    h = (value ^ key) * np.uint64(0xBF58476D1CE4E5B9)
-    h ^= h >> np.uint64(29)
-    h *= np.uint64(0x94D049BB133111EB)
-    return h >> np.uint64(32)
-
-
-def _add(value: np.ndarray, bits32: np.ndarray, modulus: np.ndarray) -> np.ndarray:
-    total = value + (bits32 * modulus >> np.uint64(32))
-    return np.where(total >= modulus, total - modulus, total)

@@ -1,76 +1,178 @@
-"""From a recipe to a token store: scan, train or load the tokenizer, encode, rename into place.
+"""From a recipe to a token store: plan, run the items, finalize.
 
-The store is built in a hidden folder beside its final name, so under the final name there is a whole store or none,
-whenever the process is killed.
+Each step may be repeated and does only what is missing, so a killed one is simply started again, and the items may be
+made by any number of processes on any number of machines that share the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
-import hashlib
 import os
-import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from tinyllama_jax import __version__
+from tinyllama_jax import __version__, configio
 from tinyllama_jax.config import DataError, Recipe
-from tinyllama_jax.data import corpora, store
-from tinyllama_jax.data.corpora import Document
-from tinyllama_jax.data.tokenizer import MODEL_FILE, Tokenizer, train_bpe
+from tinyllama_jax.data import durable, items, plan, store, workers
+from tinyllama_jax.data.plan import ITEMS, PLAN, Plan, Progress
+from tinyllama_jax.data.shards import token_dtype
+from tinyllama_jax.data.tokenizer import Tokenizer
 
-Progress = Callable[[int, int, str], None]  # (documents, tokens, phase), counted within the phase
-SCAN, TRAIN, ENCODE, WAIT = "scan", "train tokenizer", "encode", "wait for another prepare"
-HASH_RANGE = 1 << 64
+TOKENIZE, WAIT = "tokenize", "wait for another prepare"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def prepare(
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    progress: Progress = lambda documents, tokens, phase: None,
-    shard_tokens: int = store.SHARD_TOKENS,
-) -> Path:
-    """Make the token store `out` unless it is there already; returns its path.
+def prepare(recipe: Recipe, out: str | Path, *, processes: int = 1, progress: Progress = plan.silent) -> Path:
+    """Makes the token store `out` unless it is there already; returns its path.
 
-    A store made by the same recipe is opened (sizes checked) and left as it is; sources are not compared with what
-    they were then.  Raises DataError for a store of another recipe or anything else under that name, for sources
-    and tokenizers that cannot be used, and for a disk that cannot be written; nothing is overwritten.  Of
-    several processes that want the same store one makes it and the others wait.
+    A store of the same recipe is opened (sizes checked) and left as it is; a half-made one is finished.
+    Raises DataError for a store of another recipe or anything else under that name, for sources and tokenizers that
+    cannot be used, and for a disk that cannot be written; nothing is overwritten.  Of several processes that want the
+    same store one makes it and the others wait.
     """
     out = Path(os.path.abspath(out))
-    try:
+    with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        if _already_there(recipe, out):
-            return out
-        with _locked(out, progress):
-            if not _already_there(recipe, out):
-                _build(recipe, out, progress, shard_tokens)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        advice = "free space on the disk and try again" if error.errno in _DISK_FULL else "name another --out"
-        raise DataError(f"{out}: the token store cannot be written: {reason}; {advice}") from error
+        if not _complete(recipe, out):
+            with _locked(out, progress):
+                if not _complete(recipe, out):
+                    frozen = freeze(recipe, out, progress)
+                    run(frozen, range(len(frozen.items)), processes, progress)
+                    finalize(frozen)
     return out
 
 
-def _already_there(recipe: Recipe, out: Path) -> bool:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if not (out / store.MANIFEST).exists():
-        raise DataError(f"{out}: exists and is no token store; name another --out")
-    manifest = store.TokenStore.open(out).manifest
-    for key, wanted in _recorded(recipe).items():
-        found = manifest["recipe"].get(key)
-        if found != wanted:
+def freeze(recipe: Recipe, out: str | Path, progress: Progress = plan.silent) -> Plan:
+    """The frozen plan of store `out`: made now, or before with the same recipe."""
+    out = Path(out)
+    with _writing(out):
+        if (out / PLAN).exists():
+            frozen = plan.load(out)
+            _require_same(recipe, frozen.recipe, out)
+            return frozen
+        if out.exists() and any(entry.name not in plan.BEFORE_PLAN for entry in out.iterdir()):
+            raise DataError(f"{out}: exists and is no token store; name another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        return plan.make(recipe, out, progress)
+
+
+def run(frozen: Plan, numbers: Sequence[int], processes: int = 1, progress: Progress = plan.silent) -> None:
+    """Makes those of the numbered items that are not done.
+
+    Raises DataError naming the first item that failed; the others are made all the same.
+    """
+    dtype = token_dtype(Tokenizer.load(frozen.folder).vocab_size)
+    missing = [n for n in numbers if items.finished(frozen, frozen.items[n], dtype) is None]
+    total = sum(frozen.items[n].bytes for n in missing)
+    counts = Counter()
+
+    def report(documents: int, tokens: int, n_bytes: int) -> None:
+        counts.update(documents=documents, tokens=tokens, bytes=n_bytes)
+        progress(TOKENIZE, counts["documents"], counts["tokens"], counts["bytes"] / max(total, 1))
+
+    with _writing(frozen.folder):
+        (frozen.folder / ITEMS).mkdir(exist_ok=True)
+        failed = workers.each(frozen.folder, _run_item, missing, min(processes, len(missing)), report)
+    if failed:
+        number, error = failed[0]
+        more = f"; {len(failed) - 1} more failed" if failed[1:] else ""
+        raise DataError(f"item {number}: {error}{more}; what is done is kept, start again when it is mended")
+
+
+def _run_item(state: dict, number: int, report) -> None:
+    frozen: Plan = state["plan"]
+    if "tokenizer" not in state:
+        state["tokenizer"] = Tokenizer.load(frozen.folder)
+    items.run(frozen, frozen.items[number], state["tokenizer"], {}, report)
+
+
+def finalize(frozen: Plan) -> Path:
+    """Writes the manifest.  Raises DataError naming the items that are not done."""
+    tokenizer = Tokenizer.load(frozen.folder)
+    dtype = token_dtype(tokenizer.vocab_size)
+    records = [items.finished(frozen, item, dtype) for item in frozen.items]
+    missing = [number for number, record in enumerate(records) if record is None]
+    if missing:
+        some = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
+        raise DataError(
+            f"{frozen.folder}: {len(missing)} of {len(records)} items are not done: {some}; "
+            f"tinyllama prepare run --out {frozen.folder} --items {missing[0]}:{missing[-1] + 1}"
+        )
+    manifest = {
+        "format_version": store.FORMAT_VERSION,
+        "created_by": f"tinyllama_jax {__version__}",
+        "recipe": frozen.record["recipe"],
+        "plan_sha256": frozen.sha256,
+        "items": len(records),
+        "window_tokens": frozen.recipe.window_tokens,
+        "packing": frozen.recipe.packing,
+        "dtype": dtype.str,
+        "document_marks": frozen.recipe.document_marks,
+        "tokenizer": {
+            "files": {file.name: store.sha256_of(file) for file in tokenizer.files},
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+        },
+        **_sums(records),
+    }
+    for domain, entry in manifest["splits"]["train"].items():
+        if not entry["windows"]:
             raise DataError(
-                f"{out}: was prepared with {key}={_shown(found)}, now {_shown(wanted)} is wanted; name another --out"
+                f"{frozen.folder}: domain {domain!r} has {entry['dropped_tokens']} training tokens, which fill no window "
+                f"of {frozen.recipe.window_tokens}; give it more text, or prepare with a smaller --window-tokens"
             )
+    with _writing(frozen.folder):
+        for leftover in (frozen.folder / ITEMS).glob(".*.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        durable.write_record(frozen.folder / store.MANIFEST, manifest)
+    return frozen.folder
+
+
+def _sums(records: list[dict]) -> dict:
+    """What the items' records add up to."""
+    read, removed, groups, lengths = Counter(), Counter(), defaultdict(Counter), {}
+    domains = sorted({domain for record in records for split in record["splits"].values() for domain in split})
+    splits = {split: {domain: Counter() for domain in domains} for split in items.SPLITS}
+    shards = {(split, domain): [] for split in items.SPLITS for domain in domains}
+    for record in records:
+        read.update(record["read"])
+        removed.update(record["removed"])
+        for domain, group, counts in record["groups"]:
+            groups[domain, group].update(counts)
+        for domain, histogram in record["lengths"].items():
+            lengths[domain] = [a + b for a, b in zip(lengths.get(domain, [0] * len(histogram)), histogram, strict=True)]
+        for split, entries in record["splits"].items():
+            for domain, entry in entries.items():
+                shards[split, domain] += entry["shards"]
+                splits[split][domain].update({key: n for key, n in entry.items() if key != "shards"})
+    counted = ("windows", "tokens", "documents", "bytes", "dropped_tokens", "dropped_documents")
+    return {
+        "read": dict(read),
+        "removed": dict(sorted(removed.items())),
+        "groups": [[domain, group, dict(n)] for (domain, group), n in sorted(groups.items())],
+        "lengths": lengths,
+        "splits": {
+            split: {
+                domain: {key: counts[key] for key in counted} | {"shards": shards[split, domain]}
+                for domain, counts in entries.items()
+            }
+            for split, entries in splits.items()
+        },
+    }
+
+
+def _complete(recipe: Recipe, out: Path) -> bool:
+    if not (out / store.MANIFEST).exists():
+        return False
+    manifest = store.TokenStore.open(out).manifest
+    _require_same(recipe, configio.from_dict(Recipe, manifest["recipe"]), out)
     if recipe.tokenizer and Path(recipe.tokenizer).exists():
         wanted, found = Tokenizer.load(recipe.tokenizer).sha256, manifest["tokenizer"]["sha256"]
         if wanted != found:
@@ -81,17 +183,19 @@ def _already_there(recipe: Recipe, out: Path) -> bool:
     return True
 
 
-def _recorded(recipe: Recipe) -> dict:
-    """The recipe as the manifest keeps it.  vocab_size only describes a tokenizer that is trained."""
-    record = dataclasses.asdict(recipe)
-    record["sources"] = list(recipe.sources)
-    if recipe.tokenizer:
-        del record["vocab_size"]
-    return record
+def _require_same(wanted: Recipe, found: Recipe, out: Path) -> None:
+    for line in configio.differences(found, wanted):
+        raise DataError(f"{out}: was prepared with another recipe ({line}); name another --out")
 
 
-def _shown(value: object) -> str:
-    return " ".join(value) if isinstance(value, list) else repr(value)
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = "free space on the disk and start again" if error.errno in _DISK_FULL else "name another --out"
+        raise DataError(f"{out}: the token store cannot be written: {reason}; {advice}") from error
 
 
 @contextlib.contextmanager
@@ -103,7 +207,7 @@ def _locked(out: Path, progress: Progress) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress(0, 0, WAIT)
+            progress(WAIT, 0, 0, 0.0)
             fcntl.flock(lock, fcntl.LOCK_EX)
         # The holder before us removed the name with the lock in hand: then ours guards nothing, and we start over.
         if _is_open_at(lock, path):
@@ -121,145 +225,3 @@ def _is_open_at(lock: TextIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _build(recipe: Recipe, out: Path, progress: Progress, shard_tokens: int) -> None:
-    prefix = f".{out.name}.building-"
-    for leftover in out.parent.iterdir():
-        if leftover.name.startswith(prefix):  # we hold the lock, so whoever made it is dead
-            shutil.rmtree(leftover)
-    folder = out.with_name(f"{prefix}{os.getpid()}")
-    folder.mkdir()
-    try:
-        _fill(recipe, folder, progress, shard_tokens)
-        folder.rename(out)  # over an empty folder at most: anything else under that name was refused
-        store.sync_folder(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fill(recipe: Recipe, folder: Path, progress: Progress, shard_tokens: int) -> None:
-    scans = _scan(recipe, progress)
-    tokenizer = _tokenizer(recipe, folder, scans, progress)
-    dtype = store.token_dtype(tokenizer.vocab_size)
-    writers = {
-        split: {domain: store.SplitWriter(folder / split / domain, dtype, shard_tokens) for domain in scans}
-        for split in store.SPLITS
-    }
-    again = {domain: _Scan() for domain in scans}
-    tokens = 0
-    for count, document in enumerate(_documents(recipe), start=1):
-        digest = again.setdefault(document.domain, _Scan()).add(document)
-        if document.domain not in scans:
-            break
-        encoded = tokenizer.encode_document(document.text, recipe.document_marks)
-        split = _split_of(digest, scans[document.domain], recipe.validation_share)
-        writers[split][document.domain].add(encoded, len(document.text.encode()))
-        tokens += encoded.size
-        progress(count, tokens, ENCODE)
-    for domain, scan in again.items():
-        if domain not in scans or scan.content_sha256 != scans[domain].content_sha256:
-            raise DataError(f"domain {domain!r}: the sources changed while they were read; try again")
-    splits = {split: {domain: w.entry() for domain, w in of_split.items()} for split, of_split in writers.items()}
-    for split in store.SPLITS:
-        store.sync_folder(folder / split)
-    store.write_manifest(folder, _manifest(recipe, tokenizer, dtype.str, scans, splits))
-    store.sync_folder(folder)
-
-
-def _manifest(recipe: Recipe, tokenizer: Tokenizer, dtype: str, scans: dict[str, _Scan], splits: dict) -> dict:
-    """Without times and paths of this machine: the same sources give the same manifest, byte for byte."""
-    manifest = {
-        "created_by": f"tinyllama_jax {__version__}",
-        "recipe": _recorded(recipe),
-        "dtype": dtype,
-        "document_marks": recipe.document_marks,
-        "tokenizer": {
-            "files": {file.name: store.sha256_of(file) for file in tokenizer.files},
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-        },
-        "domains": {
-            domain: {"documents": scan.documents, "bytes": scan.bytes, "content_sha256": scan.content_sha256}
-            for domain, scan in scans.items()
-        },
-        "splits": splits,
-    }
-    if corpora.PYTHON in recipe.sources:
-        manifest["python_version"] = platform.python_version()
-    return manifest
-
-
-def _documents(recipe: Recipe) -> Iterator[Document]:
-    for spec in recipe.sources:
-        yield from corpora.open_source(spec)
-
-
-class _Scan:
-    """What one pass over a domain learns: its size, its content, and the hashes that bound the split."""
-
-    def __init__(self):
-        self.documents = self.bytes = 0
-        self.lowest, self.highest = HASH_RANGE, -1
-        self._content = hashlib.sha256()
-
-    def add(self, document: Document) -> int:
-        """-> the document's place in [0, HASH_RANGE), a function of its text alone."""
-        data = document.text.encode()
-        digest = hashlib.sha256(data).digest()
-        self._content.update(digest)
-        place = int.from_bytes(digest[:8], "big")
-        self.documents += 1
-        self.bytes += len(data)
-        self.lowest, self.highest = min(self.lowest, place), max(self.highest, place)
-        return place
-
-    @property
-    def content_sha256(self) -> str:
-        return self._content.hexdigest()  # of the SHA-256 of each document's text, in order
-
-
-def _scan(recipe: Recipe, progress: Progress) -> dict[str, _Scan]:
-    scans: dict[str, _Scan] = {}
-    for count, document in enumerate(_documents(recipe), start=1):
-        scans.setdefault(document.domain, _Scan()).add(document)
-        progress(count, 0, SCAN)
-    for domain, scan in scans.items():
-        if scan.lowest == scan.highest:
-            what = "one document" if scan.documents == 1 else f"{scan.documents} copies of one document"
-            raise DataError(
-                f"domain {domain!r} holds {what}, and validation needs one of its own; cut the text into several files "
-                f"or into lines of a .jsonl"
-            )
-    return scans
-
-
-def _split_of(place: int, scan: _Scan, share: float) -> str:
-    """Documents below a threshold are held out: the choice survives additions to the corpus and never tears copies of
-    a text apart.  The threshold gives way where one side would be empty."""
-    threshold = min(max(int(share * HASH_RANGE), scan.lowest + 1), scan.highest)
-    return "validation" if place < threshold else "train"
-
-
-def _tokenizer(recipe: Recipe, folder: Path, scans: dict[str, _Scan], progress: Progress) -> Tokenizer:
-    """The store's own copy of the tokenizer; a trained one has seen the training documents only."""
-    if recipe.tokenizer:
-        Tokenizer.load(recipe.tokenizer).copy_to(folder)
-    else:
-        train_bpe(_training_texts(recipe, scans, progress), recipe.vocab_size, folder / MODEL_FILE)
-    tokenizer = Tokenizer.load(folder)
-    for file in tokenizer.files:
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    return tokenizer
-
-
-def _training_texts(recipe: Recipe, scans: dict[str, _Scan], progress: Progress) -> Iterator[str]:
-    for count, document in enumerate(_documents(recipe), start=1):
-        place = _Scan().add(document)
-        scan = scans.get(document.domain)
-        if scan is not None and _split_of(place, scan, recipe.validation_share) == "train":
-            yield document.text
-        progress(count, 0, TRAIN)

@@ -1,0 +1,45 @@
+"""Files that are there completely or not at all, and survive the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replaces `path`; until then, what was there before stays."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_record(path: Path, record: dict) -> dict:
+    """Writes JSON with its own checksum; returns the record with it."""
+    record = {**record, "checksum": checksum(record)}
+    write(path, json.dumps(record, indent=1).encode() + b"\n")
+    return record
+
+
+def checksum(record: dict) -> str:
+    """SHA-256 of everything but the field that holds it."""
+    content = {key: value for key, value in record.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
