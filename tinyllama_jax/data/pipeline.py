@@ -1,24 +1,21 @@
 """Batches of the run: the order decides which windows, the store gives their tokens, grain reads ahead.
 
-There is no loader state: batch t is computed from t.  One background thread is enough (a core reads tens of
-millions of tokens a second), and a thread pool in grain would only slow memory-mapped reads down.
+There is no loader state: batch t is computed from t.  One background thread is enough: a core reads more than fifty
+million tokens a second, and grain's pool of threads makes that less.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 
 from tinyllama_jax.config import ConfigError, Data
 from tinyllama_jax.data.order import Order
+from tinyllama_jax.data.store import Split, TokenStore, Windows
 from tinyllama_jax.schedules import Plan
-
-if TYPE_CHECKING:
-    from tinyllama_jax.data.store import Split, TokenStore
 
 Batch = dict[str, np.ndarray]
 READ_AHEAD_BATCHES = 2
@@ -53,35 +50,50 @@ class Pipeline:
         names = {name for planned in plan.stages for name in (*planned.stage.mixture, *planned.ramp_from)}
         splits = {name: store.split("train", name) for name in names}
         windows = {name: _windows(name, splits[name], self.window_tokens) for name in names}
-        self.order = Order(plan, windows, seed, data.epochs)
+        self.order = Order(
+            plan,
+            windows,
+            seed,
+            data.epochs,
+            block_windows=data.shuffle_block_windows,
+            skip_ranges=data.skip_ranges,
+        )
         self._splits = [splits[name] for name in self.order.sources]
 
     def batch(self, step: int) -> Batch:
         """This host's rows of batch `step` (0-based): a pure function of (config, seed, step).
 
         tokens, targets int32 [B, T]: the window without its last and without its first token.
-        documents int32 [B, T]: which document of the window each input token belongs to.
-        valid bool [B, T]: true, except that with document masking a target in another document than its input
-        token is not predicted.
+        documents int32 [B, T]: which document of the window each input token belongs to, counted from 0.
+        positions int32 [B, T]: the place of each input token, in its document with document masking, else in the
+        window (then read-only and one row in memory).  For models that know positions as such; RoPE does not.
+        valid bool [B, T]: whether the target counts.  Padding does not, and with document masking neither does a target
+        in another document than its input token.
         Raises DataError when the store's bytes are damaged, IndexError outside the run.
         """
+        windows = self.windows(step)
+        inputs = np.ascontiguousarray(windows.documents_NT[:, :-1])
+        # Contiguous copies: devices are fed from these arrays, and slices of one buffer would be copied there.
+        return {
+            "tokens": np.ascontiguousarray(windows.tokens_NT[:, :-1]),
+            "targets": np.ascontiguousarray(windows.tokens_NT[:, 1:]),
+            "documents": inputs,
+            "positions": positions(inputs, self.masking),
+            "valid": valid_targets(windows, self.masking),
+        }
+
+    def windows(self, step: int) -> Windows:
+        """This host's rows of batch `step` as the store has them, one token longer than a batch's."""
         rows = self.plan.at_step(step).batch_sequences // self.process_count
         start = self.process_index * rows
         source, window = self.order.rows(step, start, start + rows)
-        tokens = np.empty((rows, self.window_tokens), np.int32)
-        documents = np.empty_like(tokens)
+        shape = rows, self.window_tokens
+        batch = Windows(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(rows, np.int32))
         for index in np.unique(source):
             mine = source == index
-            tokens[mine], documents[mine] = self._splits[index].read(window[mine], self.window_tokens)
-        inputs, targets = documents[:, :-1], documents[:, 1:]
-        valid = inputs == targets if self.masking else np.ones(inputs.shape, bool)
-        # Contiguous copies: devices are fed from these arrays, and slices of one buffer would be copied there.
-        return {
-            "tokens": np.ascontiguousarray(tokens[:, :-1]),
-            "targets": np.ascontiguousarray(tokens[:, 1:]),
-            "documents": np.ascontiguousarray(inputs),
-            "valid": valid,
-        }
+            for whole, part in zip(batch, self._splits[index].read(window[mine], self.window_tokens), strict=True):
+                whole[mine] = part
+        return batch
 
     def iterate(self, start_step: int, stop_step: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for start_step <= step < stop_step, read ahead by one thread.
@@ -104,6 +116,26 @@ class Pipeline:
             yield from iterator
         finally:
             iterator.close()
+
+
+def valid_targets(windows: Windows, document_masking: bool) -> np.ndarray:
+    """Which targets of windows [N, T+1] count: bool [N, T].  Not the padding; with document masking, not those in
+    another document than the token before."""
+    targets = windows.tokens_NT.shape[1] - 1
+    valid = np.arange(1, targets + 1) < windows.used_N[:, None]
+    if document_masking:
+        valid &= windows.documents_NT[:, 1:] == windows.documents_NT[:, :-1]
+    return valid
+
+
+def positions(documents_NT: np.ndarray, document_masking: bool) -> np.ndarray:
+    """Places of tokens int32 [N, T]: in their document with document masking, else in the row."""
+    place = np.arange(documents_NT.shape[1], dtype=np.int32)
+    if not document_masking:
+        return np.broadcast_to(place, documents_NT.shape)
+    begin = np.zeros(documents_NT.shape, np.int32)
+    begin[:, 1:] = np.where(documents_NT[:, 1:] != documents_NT[:, :-1], place[1:], 0)
+    return place - np.maximum.accumulate(begin, axis=1)
 
 
 class _Steps:

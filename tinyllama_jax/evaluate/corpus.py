@@ -9,11 +9,12 @@ import numpy as np
 
 from tinyllama_jax.config import DataError
 from tinyllama_jax.data.corpora import open_source
+from tinyllama_jax.data.store import Windows
 from tinyllama_jax.data.tokenizer import Tokenizer
-from tinyllama_jax.evaluate.loss import Windows
+from tinyllama_jax.evaluate.loss import HeldOut
 
 
-def text_windows(sources: Sequence[str], tokenizer: Tokenizer, marks: str, window_tokens: int, count: int) -> Windows:
+def text_windows(sources: Sequence[str], tokenizer: Tokenizer, marks: str, window_tokens: int, count: int) -> HeldOut:
     """The first `count` windows (0 = all) of each domain of `sources`, documents one after another, marked as the
     model's training data was.  Stops reading once every domain that it has met is full.
 
@@ -36,9 +37,11 @@ def text_windows(sources: Sequence[str], tokenizer: Tokenizer, marks: str, windo
         n = min(n, count) if count else n
         if n:
             cut = n * window_tokens
-            windows[domain] = (
+            documents_NT = np.concatenate(documents[domain])[:cut].reshape(n, window_tokens)
+            windows[domain] = Windows(
                 np.concatenate(parts)[:cut].astype(np.int32).reshape(n, window_tokens),
-                np.concatenate(documents[domain])[:cut].reshape(n, window_tokens),
+                documents_NT - documents_NT[:, :1],
+                np.full(n, window_tokens, np.int32),
             )
     if not windows:
         raise DataError(

@@ -11,15 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinyllama_jax.config import ConfigError, Execution, Model
-from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.data.pipeline import valid_targets
+from tinyllama_jax.data.store import TokenStore, Windows
 from tinyllama_jax.loss import cross_entropy
 from tinyllama_jax.model import transformer
 from tinyllama_jax.sharding import batch_sharding
 
-Windows = dict[str, tuple[np.ndarray, np.ndarray]]  # domain -> tokens and document ids, each int32 [N, window]
+HeldOut = dict[str, Windows]  # by domain
 
 
-def held_out(store: TokenStore, window_tokens: int, count: int, domains: Sequence[str] | None = None) -> Windows:
+def held_out(store: TokenStore, window_tokens: int, count: int, domains: Sequence[str] | None = None) -> HeldOut:
     """Up to `count` windows (0 = all) per domain, evenly spread over its held-out text, the same at every call.
 
     Domains whose held-out text fills no window are left out; raises ConfigError when that leaves none.
@@ -39,19 +40,12 @@ def held_out(store: TokenStore, window_tokens: int, count: int, domains: Sequenc
     return windows
 
 
-def valid_targets(documents_NW: np.ndarray, document_masking: bool) -> np.ndarray:
-    """Which targets count, bool [N, W-1]: with masking those in the same document as the token before."""
-    if document_masking:
-        return documents_NW[:, 1:] == documents_NW[:, :-1]
-    return np.ones((len(documents_NW), documents_NW.shape[1] - 1), bool)
-
-
 class Validator:
     """Measures parameters on given windows; compiled once, padded to whole batches."""
 
     def __init__(
         self,
-        windows: Windows,
+        windows: HeldOut,
         token_bytes_V: np.ndarray,
         model: Model,
         execution: Execution,
@@ -79,14 +73,15 @@ class Validator:
 
     def __call__(self, params: Any) -> dict[str, dict[str, float]]:
         """{domain: {loss (nats per token), bits_per_byte, tokens, bytes}}."""
-        return {domain: self._measure(params, *found) for domain, found in self.windows.items()}
+        return {domain: self._measure(params, found) for domain, found in self.windows.items()}
 
-    def _measure(self, params: Any, tokens_NW: np.ndarray, documents_NW: np.ndarray) -> dict[str, float]:
+    def _measure(self, params: Any, windows: Windows) -> dict[str, float]:
         nll, tokens, size = 0.0, 0, 0
         sharding = batch_sharding(self.mesh)
-        for start in range(0, len(tokens_NW), self.rows):
-            window_BW, documents_BW = tokens_NW[start : start + self.rows], documents_NW[start : start + self.rows]
-            valid_BT = valid_targets(documents_BW, self.document_masking)
+        for start in range(0, len(windows.tokens_NT), self.rows):
+            rows = Windows(*(array[start : start + self.rows] for array in windows))
+            window_BW, documents_BW, _ = rows
+            valid_BT = valid_targets(rows, self.document_masking)
             size += int(self.token_bytes_V[window_BW[:, 1:]][valid_BT].sum())
             padding = ((0, self.rows - len(window_BW)), (0, 0))
             window_BW, documents_BW = np.pad(window_BW, padding), np.pad(documents_BW, padding)

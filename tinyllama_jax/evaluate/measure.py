@@ -9,11 +9,11 @@ import numpy as np
 
 from tinyllama_jax import configio
 from tinyllama_jax.config import ConfigError, DataError, Execution, Mesh, Run
-from tinyllama_jax.data.order import Order
+from tinyllama_jax.data.pipeline import Pipeline, valid_targets
 from tinyllama_jax.data.store import TokenStore
 from tinyllama_jax.evaluate import ngram
 from tinyllama_jax.evaluate.corpus import text_windows
-from tinyllama_jax.evaluate.loss import Validator, Windows, held_out, valid_targets
+from tinyllama_jax.evaluate.loss import HeldOut, Validator, held_out
 from tinyllama_jax.generate.load import Loaded, load
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.sharding import computing, make_mesh
@@ -79,13 +79,13 @@ def measure(
 
 def _windows(
     checkpoint: str, loaded: Loaded, run: Run | None, corpus: Sequence[str], window_tokens: int, sequences: int
-) -> tuple[Windows, TokenStore | None]:
+) -> tuple[HeldOut, TokenStore | None]:
     if not corpus:
         if run is None:
             raise ConfigError(f"{checkpoint} is not a run and has no text of its own; name some with --corpus")
-        store = TokenStore.open(loaded.meta["store"]["path"])
+        store = TokenStore.open(loaded.meta["store"]["path"], cache=run.data.cache)
         return held_out(store, window_tokens, sequences), store
-    windows: Windows = {}
+    windows: HeldOut = {}
     for source in corpus:
         if (Path(source) / "manifest.json").is_file():
             store = TokenStore.open(source)
@@ -97,29 +97,30 @@ def _windows(
     return windows, None
 
 
-def _baselines(run: Run, store: TokenStore, step: int, windows: Windows, token_bytes_V: np.ndarray) -> dict:
+def _baselines(run: Run, store: TokenStore, step: int, windows: HeldOut, token_bytes_V: np.ndarray) -> dict:
     """What counting would have reached after `step` steps: n-grams fitted on the very windows of the run."""
     plan = Plan(run.curriculum, run.data.sequence_tokens)
-    window_tokens, tokens = run.data.sequence_tokens + 1, plan.tokens_at(step)
+    tokens = plan.tokens_at(step)
     if tokens > COUNTED_TOKENS:
         raise ConfigError(f"the run saw {tokens} tokens; n-gram baselines are counted for at most {COUNTED_TOKENS}")
-    names = dict.fromkeys(s for stage in plan.stages for s in (*stage.stage.mixture, *stage.ramp_from))
-    splits = {name: store.split("train", name) for name in names}
-    order = Order(plan, {s: split.windows(window_tokens) for s, split in splits.items()}, run.seed, run.data.epochs)
+    pipeline = Pipeline(store, run.data, plan, run.seed, vocab_size=run.model.vocab_size)
 
     def seen():
         for index in range(step):
-            source, ids = order.rows(index)
-            for number, name in enumerate(order.sources):
-                if (source == number).any():
-                    yield splits[name].read(ids[source == number], window_tokens)[0]
+            windows = pipeline.windows(index)
+            whole = windows.used_N == pipeline.window_tokens
+            if whole.any():
+                yield windows.tokens_NT[whole]
+            for row, used in zip(windows.tokens_NT[~whole], windows.used_N[~whole], strict=True):
+                if used > 1:
+                    yield row[None, :used]
 
     model = ngram.fit(seen(), run.model.vocab_size)
     masking = run.data.document_masking
     return {
         "fitted_on_tokens": tokens,
         "domains": {
-            domain: model.evaluate(tokens_NW, token_bytes_V, valid=valid_targets(documents_NW, masking))
-            for domain, (tokens_NW, documents_NW) in windows.items()
+            domain: model.evaluate(found.tokens_NT, token_bytes_V, valid=valid_targets(found, masking))
+            for domain, found in windows.items()
         },
     }
