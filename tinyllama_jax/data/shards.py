@@ -25,8 +25,9 @@ import numpy as np
 from tinyllama_jax.config import DataError
 from tinyllama_jax.data.storage import REMEDY, Storage
 
-BIN, IDX, DOC = ".bin", ".idx", ".doc"
+SUFFIXES = BIN, IDX, DOC = ".bin", ".idx", ".doc"
 _RECORD = struct.Struct("<III")  # CRC32, documents before, tokens
+INDEX_DTYPE = np.dtype([("crc", "<u4"), ("before", "<u4"), ("used", "<u4")])  # the same for whole files
 _TWO = struct.Struct("<IIIIII")
 _COVERED = struct.Struct("<II")  # of a record: documents in the window, tokens
 
@@ -70,7 +71,17 @@ class ShardReader:
 
     def read(self, window: int, tokens: memoryview) -> tuple[np.ndarray, int]:
         """Fills `tokens` (the bytes of one window); -> where documents begin in it, unsigned [documents], and how many
-        tokens are no padding."""
+        tokens are no padding.  Raises DataError for what is damaged or gone."""
+        try:
+            return self._read(window, tokens)
+        except DataError:
+            if not self._storage.cache:
+                raise
+            for file in (self._bin, self._idx, self._doc):  # perhaps it is the cache that is damaged
+                file.forget()
+            return self._read(window, tokens)
+
+    def _read(self, window: int, tokens: memoryview) -> tuple[np.ndarray, int]:
         self._bin.read_into(window * self._window_bytes, tokens)
         crc, before, used, _, after, _ = _TWO.unpack(self._idx.read(window * _RECORD.size, _TWO.size))
         places = b""
@@ -87,9 +98,15 @@ class ShardReader:
         where = self._storage.where(self.name + suffix)
         return DataError(f"{where}: window {window} differs from its checksum; the shard is damaged, {REMEDY}")
 
-    def close(self) -> None:
-        for file in (self._bin, self._idx, self._doc):
-            file.close()
+
+def read_index(storage: Storage, folder: str, shard: Shard) -> np.ndarray:
+    """The whole index of a shard: INDEX_DTYPE [windows + 1].  Raises DataError if it is not what the manifest says."""
+    name = f"{folder}/{shard.name}{IDX}"
+    size = (shard.windows + 1) * INDEX_DTYPE.itemsize
+    data = storage.open(name).read(0, size)
+    if hashlib.sha256(data).hexdigest() != shard.sha256[IDX]:
+        raise DataError(f"{storage.where(name)}: differs from its checksum; the shard is damaged, {REMEDY}")
+    return np.frombuffer(data, INDEX_DTYPE)
 
 
 def window_crc(tokens, places: bytes, documents: int, used: int) -> int:

@@ -10,59 +10,71 @@ A store is what its manifest says: whatever is read has been checked against a c
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import json
+import posixpath
+import resource
+import shutil
+import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from tinyllama_jax.config import ConfigError, DataError
-from tinyllama_jax.data.shards import Shard, ShardReader
+from tinyllama_jax.config import DataError
+from tinyllama_jax.data import durable
+from tinyllama_jax.data.permutation import round_keys
+from tinyllama_jax.data.splits import ChosenWindows, Split
+from tinyllama_jax.data.splits import Windows as Windows
 from tinyllama_jax.data.storage import REMEDY, Storage
 from tinyllama_jax.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
-OPEN_SHARDS = 256  # kept open per split; each holds three file descriptors
+MOST_OPEN_SHARDS = 1024
 MANIFEST, PLAN = "manifest.json", "plan.json"
 SPLITS = ("train", "validation")
 
 
-class Windows(NamedTuple):
-    """N windows of T tokens."""
-
-    tokens_NT: np.ndarray  # int32
-    documents_NT: np.ndarray  # int32: index of each token's document, counted from the window's first
-    used_N: np.ndarray  # int32: tokens before the padding, T where there is none
-
-
 class TokenStore:
-    """An opened store.  Attributes: path, manifest, manifest_sha256 (of the file: identifies the data), domains,
-    vocab_size, window_tokens."""
+    """An opened store, or an opened view of one (views.py).
 
-    def __init__(self, storage: Storage, manifest: dict, manifest_sha256: str):
-        self.storage, self.manifest, self.manifest_sha256 = storage, manifest, manifest_sha256
+    path; manifest; manifest_sha256 (of the file: identifies the data); domains; vocab_size; window_tokens;
+    parent (the store that a view is of, else None).
+    """
+
+    def __init__(self, storage: Storage, manifest: dict, manifest_sha256: str, parent: TokenStore | None = None):
+        self.storage, self.manifest, self.manifest_sha256, self.parent = storage, manifest, manifest_sha256, parent
         self.path = Path(storage.root) if not storage.remote else storage.root
         self.domains = tuple(manifest["splits"]["train"])
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self.window_tokens: int = manifest["window_tokens"]
+        self._splits: dict[tuple[str, str], Split | ChosenWindows] = {}
+        if parent:
+            self._splits |= parent._splits
+            for domain, entry in manifest["splits"]["train"].items():
+                keys = round_keys(manifest["view_of"]["seed"], f"view {domain}", 0)
+                self._splits["train", domain] = ChosenWindows(parent.split("train", domain), entry, keys, self.path)
+            return
         dtype, packed = np.dtype(manifest["dtype"]), manifest["packing"] != "none"
-        self._splits = {
-            (split, domain): Split(storage, f"{split}/{domain}", entry, self.window_tokens, dtype, packed)
-            for split, domains in manifest["splits"].items()
-            for domain, entry in domains.items()
-        }
+        readers = functools.lru_cache(maxsize=_open_shards())(Split.open)
+        for split, domains in manifest["splits"].items():
+            for domain, entry in domains.items():
+                part = Split(storage, f"{split}/{domain}", entry, self.window_tokens, dtype, packed, readers)
+                self._splits[split, domain] = part
 
     @classmethod
     def open(cls, path: str | Path, *, cache: str | Path = "") -> TokenStore:
-        """Checks the manifest, the tokenizer files and the size of every shard.
+        """Checks the manifest, the tokenizer files and the size of every shard; other files are none of its business.
 
         cache: a local folder that keeps what is read of a remote store.
         Raises DataError naming the file, what was expected and what was found.
         """
         storage = Storage(path, cache)
         manifest, sha256 = read_manifest(storage)
+        if "view_of" in manifest:
+            return cls(storage, manifest, sha256, _parent(storage, manifest["view_of"], cache))
+        storage.identify(sha256)
         for name, expected in manifest["tokenizer"]["files"].items():
             check_sha256(storage, name, expected)
         store = cls(storage, manifest, sha256)
@@ -70,7 +82,7 @@ class TokenStore:
             split.check_sizes()
         return store
 
-    def split(self, split: str, domain: str) -> Split:
+    def split(self, split: str, domain: str) -> Split | ChosenWindows:
         if (split, domain) not in self._splits:
             raise DataError(
                 f"{self.path}: has no {split} tokens of domain {domain!r}; it holds {', '.join(self.domains)}"
@@ -78,92 +90,26 @@ class TokenStore:
         return self._splits[split, domain]
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(Path(self.path) / next(iter(self.manifest["tokenizer"]["files"])))
+        """The tokenizer; its files stay readable as long as the process lives."""
+        if self.parent:
+            return self.parent.tokenizer()
+        return Tokenizer.load(self._tokenizer_folder / next(iter(self.manifest["tokenizer"]["files"])))
+
+    @functools.cached_property
+    def _tokenizer_folder(self) -> Path:
+        if not self.storage.remote:
+            return Path(self.path)
+        folder = Path(tempfile.mkdtemp(prefix="tinyllama-tokenizer-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        for name in self.manifest["tokenizer"]["files"]:
+            (folder / name).write_bytes(self.storage.bytes(name))
+        return folder
 
 
-class Split:
-    """The windows of one domain in one split.
-
-    window_tokens; tokens (in windows, without padding); documents (that begin in them); bytes (UTF-8, of all documents
-    that were tokenised); shards.
-    """
-
-    def __init__(self, storage: Storage, folder: str, entry: dict, window_tokens: int, dtype: np.dtype, packed: bool):
-        self.storage, self.folder, self.dtype = storage, folder, dtype
-        self.window_tokens, self.packed = window_tokens, packed
-        self.tokens: int = entry["tokens"]
-        self.documents: int = entry["documents"]
-        self.bytes: int = entry["bytes"]
-        self.shards = [Shard(**shard) for shard in entry["shards"]]
-        self._first = np.cumsum([0] + [shard.windows for shard in self.shards])  # of each shard, and the end
-        self._reader = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
-
-    def windows(self, window_tokens: int) -> int:
-        """Windows of that length; none overlaps another, and none crosses from one item into the next."""
-        if window_tokens == self.window_tokens:
-            return int(self._first[-1])
-        return int(self._rows(window_tokens)[1][-1])
-
-    def read(self, window_ids: np.ndarray, window_tokens: int) -> Windows:
-        """Windows [N] of that length.  Raises DataError naming shard and window on a wrong checksum, IndexError for a
-        window that does not exist, ConfigError for another length than that of a packed store."""
-        ids = np.asarray(window_ids, np.int64)
-        count = self.windows(window_tokens)
-        if ids.size and (ids.min() < 0 or ids.max() >= count):
-            raise IndexError(f"{self.folder}: windows {ids.min()}..{ids.max()} of {count}")
-        if window_tokens == self.window_tokens:
-            return _windows(*self._stored(ids))
-        begins, counts = self._rows(window_tokens)
-        row = np.searchsorted(counts, ids, "right") - 1
-        return self._cut(begins[row], (ids - counts[row]) * window_tokens, window_tokens)
-
-    def _stored(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Windows [N] as stored -> tokens [N, W], 1 where a document begins int8 [N, W], used [N]."""
-        raw, marks = (
-            np.empty((ids.size, self.window_tokens), self.dtype),
-            np.zeros((ids.size, self.window_tokens), np.int8),
-        )
-        used = np.empty(ids.size, np.int32)
-        shards = np.searchsorted(self._first, ids, "right") - 1
-        for row, (shard, window) in enumerate(zip(shards.tolist(), (ids - self._first[shards]).tolist(), strict=True)):
-            places, used[row] = self._reader(shard).read(window, raw[row].data)
-            marks[row, places] = 1
-        return raw, marks, used
-
-    def _cut(self, first: np.ndarray, start: np.ndarray, length: int) -> Windows:
-        """Windows of another length: each begins `start` tokens behind the begin of stored window `first`."""
-        begin, offset = first + start // self.window_tokens, start % self.window_tokens
-        needed = -(-(offset + length) // self.window_tokens)  # stored windows that each touches
-        before = np.cumsum(needed) - needed
-        raw, marks, _ = self._stored(np.repeat(begin - before, needed) + np.arange(needed.sum()))
-        places = (before * self.window_tokens + offset)[:, None] + np.arange(length)
-        return _windows(raw.reshape(-1)[places], marks.reshape(-1)[places], np.full(first.size, length, np.int32))
-
-    def _rows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each item's uninterrupted run of windows: its first window, and the windows of that length before it; the
-        second has the total at its end."""
-        if self.packed:
-            raise ConfigError(
-                f"{self.storage.where(self.folder)}: its documents were packed into windows of {self.window_tokens} "
-                f"tokens and cannot be read in windows of {length}; set data.sequence_tokens={self.window_tokens - 1}"
-            )
-        items = np.array([shard.item for shard in self.shards])
-        edges = np.flatnonzero(np.diff(items, prepend=-1, append=-1)) if items.size else np.zeros(1, np.int64)
-        begins = self._first[edges]
-        return begins[:-1], np.cumsum(np.append(0, np.diff(begins) * self.window_tokens // length))
-
-    def _open(self, number: int) -> ShardReader:
-        return ShardReader(self.storage, self.folder, self.shards[number], self.window_tokens, self.dtype)
-
-    def check_sizes(self) -> None:
-        for shard in self.shards:
-            for suffix, size in shard.sizes(self.window_tokens, self.dtype).items():
-                check_size(self.storage, f"{self.folder}/{shard.name}{suffix}", size)
-
-
-def _windows(raw: np.ndarray, marks: np.ndarray, used: np.ndarray) -> Windows:
-    marks[:, 0] = 0  # counted from the window's first document, wherever that began
-    return Windows(raw.astype(np.int32), np.cumsum(marks, axis=1, dtype=np.int32), used)
+def _open_shards() -> int:
+    """Shards of a store that are kept open: three files each, and half of what the process may open is for others."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_OPEN_SHARDS if limit == resource.RLIM_INFINITY else max(1, min(limit // 6, MOST_OPEN_SHARDS))
 
 
 def read_manifest(storage: Storage) -> tuple[dict, str]:
@@ -180,7 +126,7 @@ def read_manifest(storage: Storage) -> tuple[dict, str]:
         raise DataError(f"{file}: is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
     if version != FORMAT_VERSION:
         raise DataError(f"{file}: has format version {version}, this program reads {FORMAT_VERSION}; prepare it again")
-    found = json_checksum(manifest)
+    found = durable.checksum(manifest)
     if found != checksum:
         raise DataError(f"{file}: was edited or damaged (checksum {found}, expected {checksum}); {REMEDY}")
     return manifest, hashlib.sha256(data).hexdigest()
@@ -188,31 +134,39 @@ def read_manifest(storage: Storage) -> tuple[dict, str]:
 
 def _without_manifest(storage: Storage, error: OSError) -> str:
     try:
-        storage.size(PLAN)
+        storage.bytes(PLAN)
     except OSError:
         return f"{storage.root}: is no token store ({MANIFEST}: {error.strerror or error}); make one with prepare"
     return f"{storage.root}: its preparation is not finished; give the same prepare command again, it goes on"
 
 
-def json_checksum(record: dict) -> str:
-    """SHA-256 of everything but the field that holds it."""
-    content = {key: value for key, value in record.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _parent(storage: Storage, view_of: dict, cache: str | Path) -> TokenStore:
+    """The store that a view is of.  Raises DataError when it is not there or not the same any more."""
+    path = parent_path(storage, view_of["path"])
+    try:
+        parent = TokenStore.open(path, cache=cache)
+    except DataError as error:
+        raise DataError(f"{storage.root}: is a view of a store that cannot be opened: {error}") from error
+    if parent.manifest_sha256 != view_of["manifest_sha256"]:
+        raise DataError(
+            f"{storage.root}: is a view of {path} as it was with manifest {view_of['manifest_sha256']}, and it now has "
+            f"{parent.manifest_sha256}; bring that store back, or make the view again under another name"
+        )
+    return parent
+
+
+def parent_path(storage: Storage, path: str) -> str:
+    """Where a view's store is: `path` is relative to the view, unless it is absolute."""
+    protocol, mark, root = storage.root.rpartition("://")
+    return path if "://" in path else protocol + mark + posixpath.normpath(posixpath.join(root, path))
 
 
 def check_sha256(storage: Storage, name: str, expected: str) -> None:
-    check_size(storage, name, None)
-    found = hashlib.sha256(storage.bytes(name)).hexdigest()
-    if found != expected:
-        where = storage.where(name)
-        raise DataError(f"{where}: is not the file the manifest names (SHA-256 {found}, expected {expected}); {REMEDY}")
-
-
-def check_size(storage: Storage, name: str, expected: int | None) -> None:
+    where = storage.where(name)
     try:
-        found = storage.size(name)
+        found = hashlib.sha256(storage.bytes(name)).hexdigest()
     except OSError as error:
         reason = error.strerror or error
-        raise DataError(f"{storage.where(name)}: part of the token store is missing ({reason}); {REMEDY}") from error
-    if expected is not None and found != expected:
-        raise DataError(f"{storage.where(name)}: has {found} bytes, the manifest says {expected}; {REMEDY}")
+        raise DataError(f"{where}: part of the token store is missing ({reason}); {REMEDY}") from error
+    if found != expected:
+        raise DataError(f"{where}: is not the file the manifest names (SHA-256 {found}, expected {expected}); {REMEDY}")
