@@ -1,12 +1,20 @@
+import dataclasses
 import threading
 
+import jax
 import numpy as np
 import pytest
 
+from tinyllama_jax import config
 from tinyllama_jax.config import ConfigError, Data, DataError, Stage
-from tinyllama_jax.data.pipeline import Pipeline
-from tinyllama_jax.data.store import Split, SplitWriter
+from tinyllama_jax.data.pipeline import Pipeline, positions
+from tinyllama_jax.data.shards import ShardWriter
+from tinyllama_jax.data.storage import Storage
+from tinyllama_jax.data.store import TokenStore, Windows
+from tinyllama_jax.data.windows import packer
 from tinyllama_jax.schedules import Plan
+from tinyllama_jax.sharding import make_mesh
+from tinyllama_jax.train.step import put_batch
 
 T = 6
 DOCUMENT = 5  # tokens per document of the fake store
@@ -26,7 +34,11 @@ class FakeSplit:
             raise DataError("shard 'a-00000.bin' is damaged at byte 7; prepare the store again")
         place = np.asarray(window_ids)[:, None] * window_tokens + np.arange(window_tokens)
         documents = place // DOCUMENT
-        return (self.base + place).astype(np.int32), (documents - documents[:, :1]).astype(np.int32)
+        return Windows(
+            (self.base + place).astype(np.int32),
+            (documents - documents[:, :1]).astype(np.int32),
+            np.full(len(place), window_tokens, np.int32),
+        )
 
 
 class FakeStore:
@@ -51,8 +63,8 @@ def curriculum(*mixtures, batch=8, tokens=12 * 8 * T):
     )
 
 
-def pipeline(plan=None, store=None, masking=False, vocab_size=4000, **more):
-    data = Data(store="data/fake", sequence_tokens=T, document_masking=masking)
+def pipeline(plan=None, store=None, masking=False, vocab_size=4000, data=None, **more):
+    data = dataclasses.replace(data or Data(store="data/fake"), sequence_tokens=T, document_masking=masking)
     store = store or FakeStore(prose=200, code=130)
     return Pipeline(store, data, plan or curriculum(), 3, vocab_size=vocab_size, **more)
 
@@ -68,13 +80,15 @@ def test_batch_is_windows_shifted_by_one():
         "tokens": ("int32", (8, T)),
         "targets": ("int32", (8, T)),
         "documents": ("int32", (8, T)),
+        "positions": ("int32", (8, T)),
         "valid": ("bool", (8, T)),
     }
     assert np.array_equal(batch["targets"], batch["tokens"] + 1)  # the fake's tokens count upwards
     first = batch["tokens"][:, 0] % 1000
     assert (first % (T + 1) == 0).all() and len(set(batch["tokens"][:, 0])) == 8
     assert batch["valid"].all()
-    assert all(array.flags.c_contiguous for array in batch.values())
+    assert (batch["positions"] == np.arange(T)).all()
+    assert all(array.flags.c_contiguous for name, array in batch.items() if name != "positions")
 
 
 def test_every_token_of_a_source_is_seen_once_an_epoch():
@@ -95,6 +109,17 @@ def test_document_masking_hides_targets_of_another_document():
     assert np.array_equal(batch["valid"], place // DOCUMENT == (place + 1) // DOCUMENT)
     assert not batch["valid"].all()
     assert np.array_equal(batch["documents"], place // DOCUMENT - place[:, :1] // DOCUMENT)
+    # A window that begins inside of a document counts from its own begin.
+    begin = np.maximum(place // DOCUMENT * DOCUMENT, place[:, :1])
+    assert np.array_equal(batch["positions"], place - begin)
+
+
+def test_positions_begin_anew_with_each_document():
+    documents = np.array([[0, 0, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], np.int32)
+    found = positions(documents, True)
+    assert found.dtype == np.int32
+    assert found.tolist() == [[0, 1, 0, 0, 1, 2], [0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+    assert positions(documents, False).tolist() == [[0, 1, 2, 3, 4, 5]] * 3
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -105,6 +130,23 @@ def test_hosts_together_see_the_same_rows_in_the_same_order(processes):
         parts = [host.batch(step) for host in hosts]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         assert same(joined, whole.batch(step)) and all(len(part["tokens"]) == 8 // processes for part in parts)
+
+
+@pytest.mark.parametrize(("devices", "replicas"), [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2)])
+def test_devices_together_hold_the_same_global_batch(devices, replicas):
+    mesh = make_mesh(config.Mesh(replica=replicas, data=-1), jax.devices()[:devices])
+    for step in (0, 11, 23):
+        batch = pipeline(masking=True).batch(step)
+        for accumulation in (1, 8 // devices):
+            placed = put_batch(batch, accumulation, mesh, documents=True)
+            assert {len(array.sharding.device_set) for array in placed.values()} == {devices}
+            for name, array in placed.items():
+                # What the devices hold, put together again by the place of each part.
+                whole = np.zeros(array.shape, array.dtype)
+                for shard in array.addressable_shards:
+                    assert shard.data.shape == (accumulation, 8 // accumulation // devices, T)
+                    whole[shard.index] = shard.data
+                assert np.array_equal(whole.reshape(8, T), batch[name])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 24), (7, 15), (23, 24), (5, 5), (24, 24)])
@@ -156,25 +198,77 @@ def test_iterating_outside_the_run():
             pipeline().iterate(start, stop)
 
 
-def test_with_the_real_store_on_disk(tmp_path):
-    store, dtype, entries = FakeStore(prose=200, code=130), np.dtype("<u2"), {}
-    for name in store.domains:
-        fake = store.split("train", name)
-        writer = SplitWriter(tmp_path / name, dtype, shard_tokens=64)  # windows straddle shards
+def on_disk(folder, packing="none", **tokens):
+    """The fake store's documents as a real store: windows of T + 1 tokens in shards of 5."""
+    dtype, entries = np.dtype("<u2"), {}
+    for name, fake in FakeStore(**tokens)._splits.items():
+        (folder / "train" / name).mkdir(parents=True)
+        writer, packed = ShardWriter(folder / "train" / name, 0, T + 1, dtype, 5), packer(packing, T + 1)
         for begin in range(0, fake.tokens, DOCUMENT):
-            writer.add(np.arange(begin, min(begin + DOCUMENT, fake.tokens)) + fake.base, text_bytes=1)
-        entries[name] = writer.entry()
-        store._splits[name] = Split(tmp_path / name, entries[name], dtype)
+            document = np.arange(begin, min(begin + DOCUMENT, fake.tokens), dtype=np.int32) + fake.base
+            for block in packed.add(document):
+                writer.add(*block)
+        for block in packed.finish():
+            writer.add(*block)
+        writer.close()
+        shards = [dataclasses.asdict(shard) for shard in writer.shards]
+        entries[name] = {"tokens": fake.tokens, "documents": 0, "bytes": 0, "shards": shards}
+    manifest = {
+        "tokenizer": {"vocab_size": 4000},
+        "window_tokens": T + 1,
+        "dtype": dtype.str,
+        "packing": packing,
+        "splits": {"train": entries},
+    }
+    return TokenStore(Storage(folder), manifest, "")
+
+
+def test_with_a_real_store_on_disk(tmp_path):
+    store = on_disk(tmp_path, prose=200, code=130)
     reference = pipeline(masking=True)
     for step, batch in pipeline(store=store, masking=True).iterate(0, 24):
         assert same(batch, reference.batch(step))
 
-    shard = tmp_path / "code" / "00001.bin"
+    shard = tmp_path / "train" / "code" / "000000-01.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    store._splits["code"] = Split(tmp_path / "code", entries["code"], dtype)  # nothing checked yet
-    with pytest.raises(DataError, match=r"code/00001.bin.*CRC32"):
+    with pytest.raises(DataError, match=r"code/000000-01.bin: window 4 differs from its checksum"):
         list(pipeline(store=store).iterate(0, 24))
     assert not prefetch_threads()
+
+
+@pytest.mark.parametrize("masking", [False, True])
+def test_padding_of_packed_windows_is_never_predicted(tmp_path, masking):
+    store = on_disk(tmp_path, "best_fit", prose=200, code=130)
+    p = pipeline(curriculum({"prose": 1.0}, batch=8, tokens=5 * 8 * T), store, masking)
+    windows = [p.windows(step) for step in range(5)]  # 40 documents of 5 in windows of 7: one in each
+    assert all((w.used_N == DOCUMENT).all() for w in windows)
+    assert sorted(w for part in windows for w in part.tokens_NT[:, 0]) == list(range(0, 200, DOCUMENT))
+    for step in range(5):
+        batch = p.batch(step)
+        assert batch["valid"].tolist() == [[True] * (DOCUMENT - 1) + [False] * (T - DOCUMENT + 1)] * 8
+        assert (batch["targets"][:, DOCUMENT - 1 :] == 0).all() and (batch["targets"][:, : DOCUMENT - 1] > 0).all()
+
+
+def test_packed_windows_have_one_length(tmp_path):
+    store, longer = on_disk(tmp_path, "best_fit", prose=200), T + 1
+    plan = Plan((Stage(name="s", tokens=8 * longer, batch_tokens=8 * longer, mixture={"prose": 1.0}),), longer)
+    with pytest.raises(ConfigError, match=f"set data.sequence_tokens={T}"):
+        Pipeline(store, Data(store="data/fake", sequence_tokens=longer), plan, 3, vocab_size=4000)
+
+
+def test_blocks_and_skips_of_the_configuration_reach_the_order():
+    plain = pipeline()
+    data = Data(store="data/fake", shuffle_block_windows=4, skip_ranges=((3, 5),))
+    order = pipeline(data=data).order
+    assert order.block_windows == 4 and plain.order.block_windows == 1
+    skipping = pipeline(data=dataclasses.replace(data, shuffle_block_windows=1))
+    assert same(skipping.batch(2), plain.batch(2)) and not same(skipping.batch(3), plain.batch(3))
+    code = np.concatenate([plain.batch(step)["tokens"][:, 0] for step in range(12)])
+    code = code[code >= 1000]  # two of each batch, in the order of the source
+    stepped = np.concatenate([skipping.batch(step)["tokens"][:, 0] for step in range(10)])
+    assert stepped[stepped >= 1000].tolist() == [*code[:6], *code[10:]]
+    blocks = np.sort([w for step in range(4) for w in pipeline(data=data).batch(step)["tokens"][:, 0] if w < 1000])
+    assert (np.diff(blocks) == T + 1).mean() > 0.5
 
 
 @pytest.mark.parametrize(
