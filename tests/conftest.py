@@ -60,7 +60,8 @@ def small_store(tmp_path_factory) -> Path:
         source = inspect.getsource(module)
         for number, start in enumerate(range(0, len(source), 8000)):
             (folder / "code" / f"{module.__name__}_{number}.py").write_text(source[start : start + 8000])
-    recipe = Recipe(sources=(f"prose={folder}/prose", f"code={folder}/code"), vocab_size=512, validation_share=0.1)
+    sources = (f"prose={folder}/prose", f"code={folder}/code")
+    recipe = Recipe(sources=sources, vocab_size=512, validation_share=0.1, window_tokens=33)
     return prepare(recipe, folder / "store")
 
 
@@ -74,3 +75,21 @@ def finished(tmp_path_factory, small_store) -> Path:
     workdir = tmp_path_factory.mktemp("run") / "finished"
     assert main(quick_command(small_store, workdir)) == 0
     return workdir
+
+
+@pytest.fixture
+def tales(tmp_path) -> Path:
+    """Thirty texts in a folder."""
+    folder = tmp_path / "tales"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i:02d}.txt").write_text(f"Tale {i}. " + "Once upon a time there was a fox. " * (i + 1))
+    return folder
+
+
+@pytest.fixture
+def recipe(tales):
+    """Makes a store of them in several items, in about a second."""
+    from tinyllama_jax.config import Recipe
+
+    return Recipe(sources=(str(tales),), vocab_size=300, validation_share=0.2, window_tokens=17, item_bytes=2500)

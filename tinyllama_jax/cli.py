@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from tinyllama_jax import __version__, verbs
+from tinyllama_jax.cli_prepare import PREPARE_STEPS, add_prepare
 from tinyllama_jax.config import UserError
 from tinyllama_jax.configio import nearest
 
@@ -85,23 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     settings(sub)
     as_json(sub)
 
-    sub = verb(
-        "prepare",
-        verbs.prepare,
-        "turn text into a token store: tokens, document index, checksums, manifest",
-        "tinyllama prepare python notes=~/notes wiki.jsonl.zst --out data/mine --vocab-size 4096",
-    )
-    sub.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="python, PATH or DOMAIN=PATH (txt, md, py, jsonl, jsonl.zst)"
-    )
-    sub.add_argument("--out", required=True, metavar="DIR")
-    sub.add_argument(
-        "--tokenizer", default="", metavar="FILE", help="tokenizer.model or tokenizer.json; else one is trained"
-    )
-    sub.add_argument("--vocab-size", type=int, default=2048, help="of the trained tokenizer (2048)")
-    sub.add_argument("--document-marks", default="eos", choices=("eos", "bos", "both", "none"), help="(eos)")
-    sub.add_argument("--validation-share", type=float, default=0.05, help="share of documents held out (0.05)")
-    as_json(sub)
+    add_prepare(verb, as_json)
 
     sub = verb(
         "train",
@@ -216,11 +201,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(
         "inspect",
         verbs.inspect,
-        "shapes, parameter counts and FLOPs per token of a preset, experiment, run or checkpoint",
+        "what a preset, experiment, run or checkpoint (shapes, parameters, FLOPs) or a token store (text) holds",
         "tinyllama inspect tinyllama-1.1b --json",
     )
-    sub.add_argument("what", metavar="PRESET|RUN|CKPT|MODULE:FUNCTION")
+    sub.add_argument("what", metavar="PRESET|RUN|CKPT|MODULE:FUNCTION|STORE")
     sub.add_argument("--sequence-tokens", type=int, default=0, help="for the FLOPs (0 = the model's context)")
+    sub.add_argument("--verify", action="store_true", help="of a store: check every byte against the manifest")
+    sub.add_argument("--samples", type=int, default=2, metavar="N", help="of a store: random windows decoded (2)")
+    sub.add_argument("--seed", type=int, default=0, help="of a store: which windows (0)")
     settings(sub)
     as_json(sub)
     return parser
@@ -229,6 +217,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["prepare"] and argv[1:2] and argv[1] in PREPARE_STEPS:
+        argv[:2] = [" ".join(argv[:2])]
     parser = build_parser()
     known = parser._subparsers._group_actions[0].choices
     if argv and not argv[0].startswith("-") and argv[0] not in known:

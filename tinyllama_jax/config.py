@@ -36,6 +36,12 @@ class CheckpointError(UserError):
     """No usable checkpoint where one is needed."""
 
 
+class Unfinished(UserError):
+    """Part of the work is done and kept; the same command goes on with it."""
+
+    exit_status = 75
+
+
 class Preempted(UserError):
     """The run was asked to stop, saved, and should be started again."""
 

@@ -204,19 +204,22 @@ def identity(run: Run, begun_tokens: int | None = None) -> dict:
     """
     full = to_dict(run)
     kept = {name: full[name] for name in ("seed", "model", "lr", "optimizer", "fork")}
-    kept["data"] = {k: v for k, v in full["data"].items() if k != "store"}
+    kept["data"] = {k: v for k, v in full["data"].items() if k not in ("store", "cache")}
     if run.data.recipe is None:  # without a recipe the store's own name is all that identifies the text
         kept["data"]["store_name"] = os.path.basename(os.path.normpath(run.data.store))
     if run.fork:
         kept["fork"]["run"] = os.path.basename(os.path.normpath(run.fork.run))
     if run.lr.kind in ("cosine", "linear", "wsd"):
         kept["lr"]["horizon_tokens"] = run.lr.horizon_tokens or total_tokens(run)
-    stages, start = [], 0
+    stages, start, begun_steps = [], 0, 0
     for stage, plain in zip(run.curriculum, full["curriculum"], strict=True):
+        steps = -(-stage.tokens // stage.batch_tokens)
         if begun_tokens is None or start < max(begun_tokens, 1):
             stages.append(plain)
-        start += -(-stage.tokens // stage.batch_tokens) * stage.batch_tokens
+            begun_steps += steps if begun_tokens is None else min(steps, (begun_tokens - start) // stage.batch_tokens)
+        start += steps * stage.batch_tokens
     kept["curriculum"] = stages
+    kept["data"]["skip_ranges"] = [r for r in full["data"]["skip_ranges"] if r[0] < begun_steps or begun_tokens is None]
     return kept
 
 

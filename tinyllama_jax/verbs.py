@@ -9,81 +9,23 @@ import sys
 import time
 from pathlib import Path
 
-from tinyllama_jax import configio
-from tinyllama_jax.config import ConfigError, DataError, Mesh, Recipe, Run, UserError
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def answer(args: argparse.Namespace, value: dict, lines: list[str]) -> None:
-    """Numbers to stdout: one JSON object with --json, otherwise lines for a person."""
-    print(json.dumps(value) if args.json else "\n".join(lines))
+from tinyllama_jax import configio, verbs_data
+from tinyllama_jax.config import ConfigError, DataError, Mesh, Run, UserError
+from tinyllama_jax.terminal import Progress, answer, say
 
 
 def resolved(args: argparse.Namespace) -> Run:
     return configio.override(configio.load_experiment(args.experiment, args.experiment_path), args.settings)
 
 
-class _Progress:
-    """Progress of `prepare`: a bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self):
-        self.bar, self.last = None, time.monotonic()
-
-    def __call__(self, documents: int, tokens: int, phase: str) -> None:
-        text = f"{phase}: {documents:,} documents, {tokens:,} tokens"
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = self.bar or tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr)
-            self.bar.set_description_str(text)
-        elif time.monotonic() - self.last > 10:
-            self.last = time.monotonic()
-            say(text)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.close()
-
-
 # -- making ------------------------------------------------------------------------------------------------
-
-
-def prepare(args: argparse.Namespace) -> None:
-    from tinyllama_jax.data.prepare import prepare
-    from tinyllama_jax.data.store import TokenStore
-
-    recipe = Recipe(
-        sources=tuple(args.sources),
-        tokenizer=args.tokenizer,
-        vocab_size=args.vocab_size,
-        document_marks=args.document_marks,
-        validation_share=args.validation_share,
-    )
-    progress = _Progress()
-    try:
-        store = TokenStore.open(prepare(recipe, Path(args.out), progress=progress))
-    finally:
-        progress.close()
-    value = {"store": str(store.path), "vocab_size": store.vocab_size, "domains": {}}
-    lines = [f"{store.path}: vocabulary {store.vocab_size}"]
-    for domain in store.domains:
-        value["domains"][domain] = {}
-        for name in ("train", "validation"):
-            split = store.split(name, domain)
-            value["domains"][domain][name] = {"documents": split.documents, "tokens": split.tokens}
-            lines.append(f"  {domain:<12} {name:<10} {split.documents:>10,} documents {split.tokens:>14,} tokens")
-    answer(args, value, lines)
 
 
 def train(args: argparse.Namespace) -> None:
     run = resolved(args)
     from tinyllama_jax.train.loop import train
 
-    progress = _Progress()
-    try:
+    with Progress() as progress:
         train(
             run,
             Path(args.workdir),
@@ -91,8 +33,6 @@ def train(args: argparse.Namespace) -> None:
             allow_config_change=args.allow_config_change,
             progress=progress,
         )
-    finally:
-        progress.close()
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -313,6 +253,9 @@ def preflight(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
+    if verbs_data.is_store(args.what):
+        verbs_data.inspect_store(args)
+        return
     import jax
 
     from tinyllama_jax import flops

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from tinyllama_jax.config import DataError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = "free space on the disk and start again" if error.errno in _DISK_FULL else "name another --out"
+        raise DataError(f"{out}: the token store cannot be written: {reason}; {advice}") from error
 
 
 def write(path: Path, data: bytes) -> None:
@@ -30,6 +47,14 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path, *, below: Path) -> None:
+    """Creates `path` and its parents, durably, up to the existing folder `below`."""
+    missing = [folder for folder in (path, *path.parents) if below in folder.parents and not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
 
 
 def write_record(path: Path, record: dict) -> dict:

@@ -21,9 +21,9 @@ import numpy as np
 
 from tinyllama_jax.config import DataError
 from tinyllama_jax.data import durable
-from tinyllama_jax.data.plan import ITEMS, Item, Plan
+from tinyllama_jax.data.plan import ITEMS, Item, Plan, is_empty
 from tinyllama_jax.data.shards import Shard, ShardWriter, token_dtype
-from tinyllama_jax.data.sources import Document
+from tinyllama_jax.data.sources import Document, Input
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.data.windows import packer
 
@@ -31,6 +31,7 @@ SPLITS = ("train", "validation")
 SHARD_BYTES = 1 << 30
 Report = Callable[[int, int, int], None]  # documents, tokens and input bytes since the last report
 LONGEST = 40  # powers of two in the histogram of document lengths
+EMPTY = "empty"  # among what was removed: documents without a visible character
 
 
 def record_path(folder: Path, number: int) -> Path:
@@ -38,10 +39,10 @@ def record_path(folder: Path, number: int) -> Path:
 
 
 def finished(plan: Plan, item: Item, dtype: np.dtype) -> dict | None:
-    """The item's record, or None while it is not done."""
+    """The item's record, or None while it is not done (no valid record, another plan's, or a shard is not there)."""
     try:
         record = json.loads(record_path(plan.folder, item.number).read_bytes())
-        if record["checksum"] != durable.checksum(record) or record["plan"] != plan.sha256:
+        if record["checksum"] != durable.checksum(record) or record["key"] != plan.key(item):
             return None
         for split, domains in record["splits"].items():
             for domain, entry in domains.items():
@@ -68,7 +69,7 @@ def run(plan: Plan, item: Item, tokenizer: Tokenizer, removed: Mapping[int, str]
         for split, domains in record["splits"].items():
             for domain, entry in domains.items():
                 place = plan.folder / split / domain
-                place.mkdir(parents=True, exist_ok=True)
+                durable.make_folder(place, below=plan.folder)
                 for shard in entry["shards"]:
                     for file in (temporary / split / domain).glob(f"{shard['name']}.*"):
                         file.replace(place / file.name)
@@ -113,40 +114,43 @@ class _Part:
         self._shards.add(*block)
 
 
-def _fill(plan: Plan, item: Item, tokenizer: Tokenizer, removed: Mapping[int, str], report: Report, folder: Path) -> dict:
+def _fill(
+    plan: Plan, item: Item, tokenizer: Tokenizer, removed: Mapping[int, str], report: Report, folder: Path
+) -> dict:
     dtype = token_dtype(tokenizer.vocab_size)
     parts: dict[tuple[str, str], _Part] = {}
     content = hashlib.sha256()
-    read, refused = Counter(), Counter()
+    read, refused = Counter(documents=0, bytes=0), Counter()
     groups = defaultdict(Counter)
     lengths = defaultdict(lambda: [0] * LONGEST)
-    for place, document in enumerate(plan.documents(item)):
-        data = document.text.encode()
-        content.update(hashlib.sha256(data if document.tokens is None else document.tokens.tobytes()).digest())
-        read.update(documents=1, bytes=len(data))
-        reason = plan.filters.refusal(document) or removed.get(place)
+    passed = Passed(item, report)
+    for place, (given, document) in enumerate(plan.documents(item)):
+        data = document.text.encode() if document.tokens is None else document.tokens.astype("<u4").tobytes()
+        digest = hashlib.sha256(data).digest()
+        content.update(digest)
+        read.update(documents=1, bytes=len(document.text) and len(data))
+        reason = EMPTY if is_empty(document) else plan.filters.refusal(document) or removed.get(place)
         if reason is not None:
             refused[reason] += 1
+            passed.document(given, 0, len(data))
             continue
         tokens = _tokens(plan, tokenizer, document)
-        if not tokens.size:
-            refused["empty"] += 1
-            continue
-        split = "validation" if plan.held_out(document) else "train"
-        key = split, document.domain
+        key = plan.split_of(document.domain, digest), document.domain
         if key not in parts:
-            parts[key] = _Part(plan, item, folder / split / document.domain, dtype)
-        parts[key].add(tokens, len(data))
-        groups[document.domain, document.group].update(documents=1, tokens=tokens.size, bytes=len(data))
+            parts[key] = _Part(plan, item, folder / key[0] / document.domain, dtype)
+        text_bytes = len(data) if document.tokens is None else 0
+        parts[key].add(tokens, text_bytes)
+        groups[document.domain, document.group].update(documents=1, tokens=tokens.size, bytes=text_bytes)
         lengths[document.domain][int(tokens.size).bit_length() - 1] += 1
-        report(1, tokens.size, len(data))
+        passed.document(given, tokens.size, len(data))
+    passed.end()
     splits = {split: {} for split in SPLITS}
     for split, domain in sorted(parts):
         splits[split][domain] = parts[split, domain].entry()
     return {
         "format_version": 1,
         "item": item.number,
-        "plan": plan.sha256,
+        "key": plan.key(item),
         "content_sha256": content.hexdigest(),
         "read": dict(read),
         "removed": dict(sorted(refused.items())),
@@ -156,13 +160,42 @@ def _fill(plan: Plan, item: Item, tokenizer: Tokenizer, removed: Mapping[int, st
     }
 
 
+class Passed:
+    """Reports how far an item is in bytes of its input.  Inside of an input that is estimated from the text so far,
+    with the compression of the inputs before it; at its end it is exact."""
+
+    def __init__(self, item: Item, report: Report):
+        self._item, self._report = item, report
+        self._given, self._text, self._reported = None, 0, 0
+        self._all_text, self._all_bytes = 0, 0
+
+    def document(self, given: Input, tokens: int, text_bytes: int) -> None:
+        if given is not self._given:
+            self._next(given)
+        self._text += text_bytes
+        ratio = self._all_bytes / self._all_text if self._all_text else 0.25
+        reached = max(self._reported, min(int(self._text * ratio), given.bytes))
+        self._report(1, tokens, reached - self._reported)
+        self._reported = reached
+
+    def end(self) -> None:
+        self._next(None)
+        self._report(0, 0, self._item.bytes - self._all_bytes)  # inputs without a document
+
+    def _next(self, given: Input | None) -> None:
+        if self._given is not None:
+            self._report(0, 0, self._given.bytes - self._reported)
+            self._all_text, self._all_bytes = self._all_text + self._text, self._all_bytes + self._given.bytes
+        self._given, self._text, self._reported = given, 0, 0
+
+
 def _tokens(plan: Plan, tokenizer: Tokenizer, document: Document) -> np.ndarray:
     if document.tokens is None:
         return tokenizer.encode_document(document.text, plan.recipe.document_marks)
     largest = int(document.tokens.max(initial=0))
     if largest >= tokenizer.vocab_size:
         raise DataError(
-            f"{document.origin}: has token {largest}, the tokenizer only {tokenizer.vocab_size}; name the tokenizer that "
-            "the file was made with"
+            f"{document.origin}: has token {largest}, the tokenizer only {tokenizer.vocab_size}; name the tokenizer "
+            "that the file was made with"
         )
     return document.tokens

@@ -1,7 +1,7 @@
 """What a store will be made of, frozen before any of it is tokenised: inputs in work items, tokenizer, split.
 
-A store is a function of its plan and of the sources' bytes.  Items know nothing of each other, so any number of
-machines may work on them in any order.
+A store is a function of its plan and of the sources' bytes.  Items know nothing of each other (duplicates apart), so
+any number of machines may work on them in any order.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from tinyllama_jax import __version__, configio
 from tinyllama_jax.config import DataError, Recipe
 from tinyllama_jax.data import durable, filters, sources
 from tinyllama_jax.data.sources import Document, Input
-from tinyllama_jax.data.tokenizer import MODEL_FILE, Tokenizer, train_bpe
+from tinyllama_jax.data.tokenizer import JSON_CONFIG_FILE, JSON_FILE, MODEL_FILE, Tokenizer, train_bpe
 
 PLAN, ITEMS = "plan.json", "items"
+BEFORE_PLAN = (MODEL_FILE, JSON_FILE, JSON_CONFIG_FILE)  # what a killed `make` may have left
 FORMAT_VERSION = 1
 HASH_RANGE = 1 << 64
 SCANNED_BYTES = 64 << 20  # smaller corpora are read once beforehand, so that neither split is empty
 SCAN, TRAIN = "scan", "train tokenizer"
-Progress = Callable[[str, int, int], None]  # (phase, documents, tokens) so far in the phase
+# (phase, documents, tokens, share of the input) so far in the phase
+Progress = Callable[[str, int, int, float], None]
+
+
+def silent(phase: str, documents: int, tokens: int, share: float) -> None:
+    """Progress for nobody."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,8 @@ class Item:
 
 
 class Plan:
-    """A frozen plan.  folder: the store's.  sha256 identifies it.  thresholds: per domain the hash below which documents
-    are held out."""
+    """A frozen plan.  folder: the store's.  sha256 identifies it.  thresholds: per domain the hash below which
+    documents are held out."""
 
     def __init__(self, folder: Path, record: dict):
         self.folder, self.record = folder, record
@@ -57,7 +63,21 @@ class Plan:
         self.filters = filters.parse(self.recipe.filters)
         self._sources = [sources.parse(spec) for spec in self.recipe.sources]
 
-    def documents(self, item: Item) -> Iterator[Document]:
+    def key(self, item: Item) -> str:
+        """Identifies what the item is made from.  It outlives a new plan in which the item is the same, so that one
+        mended file does not undo the work on others."""
+        recipe = {**self.record["recipe"], "sources": self.recipe.sources[item.source], "item_bytes": 0}
+        made_from = {
+            "item": self.record["items"][item.number],
+            "recipe": recipe,
+            "tokenizer": self.record.get("tokenizer_sha256"),
+            "thresholds": self.thresholds,
+            "python": self.record.get("python_version"),
+            "others": self.sha256 if self.filters.any_duplicates else "",
+        }
+        return durable.checksum(made_from)
+
+    def documents(self, item: Item) -> Iterator[tuple[Input, Document]]:
         """All documents of an item's inputs.  Raises DataError for what cannot be read, and for an input that has not
         the size that it had when the plan was made."""
         source = self._sources[item.source]
@@ -65,21 +85,37 @@ class Plan:
             found = source.size(given)
             if found != given.bytes:
                 raise DataError(
-                    f"{source.where(given)}: has {found} bytes and had {given.bytes} when {self.folder / PLAN} was made; "
-                    "bring the file back, or prepare into another folder"
+                    f"{source.where(given)}: has {found} bytes and had {given.bytes} when {self.folder / PLAN} was "
+                    f"made; bring the file back, or remove {PLAN} and start again (other items are kept)"
                 )
-            yield from source.documents(given)
+            for document in source.documents(given):
+                yield given, document
 
-    def held_out(self, document: Document) -> bool:
+    def tokenizer(self) -> Tokenizer:
+        """The store's own copy.  Raises DataError if it is not the one that the plan was made with."""
+        tokenizer = Tokenizer.load(self.folder)
+        wanted = self.record["tokenizer_sha256"]
+        if tokenizer.sha256 != wanted:
+            raise DataError(
+                f"{tokenizer.files[0]}: is not the tokenizer of {PLAN} (SHA-256 {tokenizer.sha256}, expected "
+                f"{wanted}); bring it back, or remove {PLAN} and start again"
+            )
+        return tokenizer
+
+    def split_of(self, domain: str, digest: bytes) -> str:
         """By the hash of the text alone: additions to a corpus change no document's side, and copies share one."""
-        threshold = self.thresholds.get(document.domain, int(self.recipe.validation_share * HASH_RANGE))
-        return place_of(document) < threshold
+        threshold = self.thresholds.get(domain, int(self.recipe.validation_share * HASH_RANGE))
+        return "validation" if place_of(digest) < threshold else "train"
 
 
-def place_of(document: Document) -> int:
-    """The document's place in [0, HASH_RANGE)."""
+def place_of(digest: bytes) -> int:
+    """The place of a document with that SHA-256 in [0, HASH_RANGE)."""
+    return int.from_bytes(digest[:8], "big")
+
+
+def digest_of(document: Document) -> bytes:
     data = document.text.encode() if document.tokens is None else document.tokens.astype("<u4").tobytes()
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+    return hashlib.sha256(data).digest()
 
 
 def load(folder: str | Path) -> Plan:
@@ -101,6 +137,8 @@ def make(recipe: Recipe, folder: Path, progress: Progress) -> Plan:
     """Freezes a plan in an existing folder: lists the inputs, reads small corpora once, copies or trains the tokenizer,
     and writes plan.json last."""
     given = [sources.parse(spec) for spec in recipe.sources]
+    if recipe.tokenizer:
+        Tokenizer.load(recipe.tokenizer)  # a wrong name is said before everything is read
     record = {
         "format_version": FORMAT_VERSION,
         "created_by": f"tinyllama_jax {__version__}",
@@ -117,8 +155,18 @@ def make(recipe: Recipe, folder: Path, progress: Progress) -> Plan:
     plan = Plan(folder, record)
     if not recipe.tokenizer or sum(item.bytes for item in plan.items) <= SCANNED_BYTES:
         plan.thresholds = record["thresholds"] = _thresholds(plan, progress)
-    record["tokenizer_sha256"] = _tokenizer(plan, progress).sha256
+    tokenizer = _tokenizer(plan, progress)
+    record["tokenizer_sha256"] = tokenizer.sha256
     return Plan(folder, durable.write_record(folder / PLAN, record))
+
+
+def clear(folder: Path) -> None:
+    """Removes what is written before plan.json."""
+    for name in (PLAN, *BEFORE_PLAN):
+        for file in folder.glob(f".{name}.tmp*"):
+            file.unlink()
+    for name in BEFORE_PLAN:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _groups(inputs: list[Input], item_bytes: int) -> Iterator[list[Input]]:
@@ -135,21 +183,28 @@ def _groups(inputs: list[Input], item_bytes: int) -> Iterator[list[Input]]:
         yield group
 
 
+def is_empty(document: Document) -> bool:
+    """Without a visible character, or without a token."""
+    return not document.text.strip() if document.tokens is None else not document.tokens.size
+
+
 def _read(plan: Plan, phase: str, progress: Progress) -> Iterator[Document]:
-    count = 0
+    count, passed = 0, 0
+    total = max(1, sum(item.bytes for item in plan.items))
     for item in plan.items:
-        for document in plan.documents(item):
+        for _, document in plan.documents(item):
             count += 1
-            progress(phase, count, 0)
-            if plan.filters.refusal(document) is None:
+            progress(phase, count, 0, passed / total)
+            if not is_empty(document) and plan.filters.refusal(document) is None:
                 yield document
+        passed += item.bytes
 
 
 def _thresholds(plan: Plan, progress: Progress) -> dict[str, int]:
     """They give way where one side would be empty."""
     lowest, highest, count = {}, {}, Counter()
     for document in _read(plan, SCAN, progress):
-        place, domain = place_of(document), document.domain
+        place, domain = place_of(digest_of(document)), document.domain
         lowest[domain] = min(lowest.get(domain, HASH_RANGE), place)
         highest[domain] = max(highest.get(domain, -1), place)
         count[domain] += 1
@@ -168,10 +223,11 @@ def _thresholds(plan: Plan, progress: Progress) -> dict[str, int]:
 
 def _tokenizer(plan: Plan, progress: Progress) -> Tokenizer:
     """The store's own copy of the tokenizer; a trained one has seen the training documents only."""
+    clear(plan.folder)
     if plan.recipe.tokenizer:
         Tokenizer.load(plan.recipe.tokenizer).copy_to(plan.folder)
     else:
-        texts = (d.text for d in _read(plan, TRAIN, progress) if not plan.held_out(d))
+        texts = (d.text for d in _read(plan, TRAIN, progress) if plan.split_of(d.domain, digest_of(d)) == "train")
         train_bpe(texts, plan.recipe.vocab_size, plan.folder / MODEL_FILE)
     tokenizer = Tokenizer.load(plan.folder)
     for file in tokenizer.files:

@@ -7,27 +7,25 @@ made by any number of processes on any number of machines that share the folder.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
-import shutil
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from tinyllama_jax import __version__, configio
+from tinyllama_jax import configio
 from tinyllama_jax.config import DataError, Recipe
-from tinyllama_jax.data import durable, items, plan, store, workers
-from tinyllama_jax.data.plan import ITEMS, PLAN, Plan, Progress
+from tinyllama_jax.data import items, plan, store, tasks
+from tinyllama_jax.data.durable import writing
+from tinyllama_jax.data.manifest import finalize
+from tinyllama_jax.data.plan import BEFORE_PLAN, ITEMS, PLAN, Plan, Progress, silent
 from tinyllama_jax.data.shards import token_dtype
 from tinyllama_jax.data.tokenizer import Tokenizer
 
 TOKENIZE, WAIT = "tokenize", "wait for another prepare"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def prepare(recipe: Recipe, out: str | Path, *, processes: int = 1, progress: Progress = plan.silent) -> Path:
+def prepare(recipe: Recipe, out: str | Path, *, processes: int = 1, progress: Progress = silent) -> Path:
     """Makes the token store `out` unless it is there already; returns its path.
 
     A store of the same recipe is opened (sizes checked) and left as it is; a half-made one is finished.
@@ -36,7 +34,7 @@ def prepare(recipe: Recipe, out: str | Path, *, processes: int = 1, progress: Pr
     same store one makes it and the others wait.
     """
     out = Path(os.path.abspath(out))
-    with _writing(out):
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if not _complete(recipe, out):
             with _locked(out, progress):
@@ -47,125 +45,47 @@ def prepare(recipe: Recipe, out: str | Path, *, processes: int = 1, progress: Pr
     return out
 
 
-def freeze(recipe: Recipe, out: str | Path, progress: Progress = plan.silent) -> Plan:
+def freeze(recipe: Recipe, out: str | Path, progress: Progress = silent) -> Plan:
     """The frozen plan of store `out`: made now, or before with the same recipe."""
     out = Path(out)
-    with _writing(out):
+    with writing(out):
         if (out / PLAN).exists():
             frozen = plan.load(out)
             _require_same(recipe, frozen.recipe, out)
             return frozen
-        if out.exists() and any(entry.name not in plan.BEFORE_PLAN for entry in out.iterdir()):
+        new = not out.exists()
+        if not new and not _may_hold_a_store(out):
             raise DataError(f"{out}: exists and is no token store; name another --out")
         out.mkdir(parents=True, exist_ok=True)
-        return plan.make(recipe, out, progress)
+        try:
+            return plan.make(recipe, out, progress)
+        except BaseException:
+            plan.clear(out)
+            if new:
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+            raise
 
 
-def run(frozen: Plan, numbers: Sequence[int], processes: int = 1, progress: Progress = plan.silent) -> None:
+def _may_hold_a_store(out: Path) -> bool:
+    """An empty folder, what a killed plan left, or the items of a plan that was taken away to make another."""
+    before = (*BEFORE_PLAN, *(f".{name}." for name in (PLAN, *BEFORE_PLAN)))
+    names = {entry.name for entry in out.iterdir() if not entry.name.startswith(before)}
+    return not names or ITEMS in names and names <= {ITEMS, store.MANIFEST, *store.SPLITS}
+
+
+def run(frozen: Plan, numbers: Sequence[int], processes: int = 1, progress: Progress = silent) -> None:
     """Makes those of the numbered items that are not done.
 
     Raises DataError naming the first item that failed; the others are made all the same.
     """
-    dtype = token_dtype(Tokenizer.load(frozen.folder).vocab_size)
+    dtype = token_dtype(frozen.tokenizer().vocab_size)
     missing = [n for n in numbers if items.finished(frozen, frozen.items[n], dtype) is None]
-    total = sum(frozen.items[n].bytes for n in missing)
-    counts = Counter()
-
-    def report(documents: int, tokens: int, n_bytes: int) -> None:
-        counts.update(documents=documents, tokens=tokens, bytes=n_bytes)
-        progress(TOKENIZE, counts["documents"], counts["tokens"], counts["bytes"] / max(total, 1))
-
-    with _writing(frozen.folder):
+    with writing(frozen.folder):
         (frozen.folder / ITEMS).mkdir(exist_ok=True)
-        failed = workers.each(frozen.folder, _run_item, missing, min(processes, len(missing)), report)
-    if failed:
-        number, error = failed[0]
-        more = f"; {len(failed) - 1} more failed" if failed[1:] else ""
-        raise DataError(f"item {number}: {error}{more}; what is done is kept, start again when it is mended")
-
-
-def _run_item(state: dict, number: int, report) -> None:
-    frozen: Plan = state["plan"]
-    if "tokenizer" not in state:
-        state["tokenizer"] = Tokenizer.load(frozen.folder)
-    items.run(frozen, frozen.items[number], state["tokenizer"], {}, report)
-
-
-def finalize(frozen: Plan) -> Path:
-    """Writes the manifest.  Raises DataError naming the items that are not done."""
-    tokenizer = Tokenizer.load(frozen.folder)
-    dtype = token_dtype(tokenizer.vocab_size)
-    records = [items.finished(frozen, item, dtype) for item in frozen.items]
-    missing = [number for number, record in enumerate(records) if record is None]
-    if missing:
-        some = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
-        raise DataError(
-            f"{frozen.folder}: {len(missing)} of {len(records)} items are not done: {some}; "
-            f"tinyllama prepare run --out {frozen.folder} --items {missing[0]}:{missing[-1] + 1}"
-        )
-    manifest = {
-        "format_version": store.FORMAT_VERSION,
-        "created_by": f"tinyllama_jax {__version__}",
-        "recipe": frozen.record["recipe"],
-        "plan_sha256": frozen.sha256,
-        "items": len(records),
-        "window_tokens": frozen.recipe.window_tokens,
-        "packing": frozen.recipe.packing,
-        "dtype": dtype.str,
-        "document_marks": frozen.recipe.document_marks,
-        "tokenizer": {
-            "files": {file.name: store.sha256_of(file) for file in tokenizer.files},
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-        },
-        **_sums(records),
-    }
-    for domain, entry in manifest["splits"]["train"].items():
-        if not entry["windows"]:
-            raise DataError(
-                f"{frozen.folder}: domain {domain!r} has {entry['dropped_tokens']} training tokens, which fill no window "
-                f"of {frozen.recipe.window_tokens}; give it more text, or prepare with a smaller --window-tokens"
-            )
-    with _writing(frozen.folder):
-        for leftover in (frozen.folder / ITEMS).glob(".*.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        durable.write_record(frozen.folder / store.MANIFEST, manifest)
-    return frozen.folder
-
-
-def _sums(records: list[dict]) -> dict:
-    """What the items' records add up to."""
-    read, removed, groups, lengths = Counter(), Counter(), defaultdict(Counter), {}
-    domains = sorted({domain for record in records for split in record["splits"].values() for domain in split})
-    splits = {split: {domain: Counter() for domain in domains} for split in items.SPLITS}
-    shards = {(split, domain): [] for split in items.SPLITS for domain in domains}
-    for record in records:
-        read.update(record["read"])
-        removed.update(record["removed"])
-        for domain, group, counts in record["groups"]:
-            groups[domain, group].update(counts)
-        for domain, histogram in record["lengths"].items():
-            lengths[domain] = [a + b for a, b in zip(lengths.get(domain, [0] * len(histogram)), histogram, strict=True)]
-        for split, entries in record["splits"].items():
-            for domain, entry in entries.items():
-                shards[split, domain] += entry["shards"]
-                splits[split][domain].update({key: n for key, n in entry.items() if key != "shards"})
-    counted = ("windows", "tokens", "documents", "bytes", "dropped_tokens", "dropped_documents")
-    return {
-        "read": dict(read),
-        "removed": dict(sorted(removed.items())),
-        "groups": [[domain, group, dict(n)] for (domain, group), n in sorted(groups.items())],
-        "lengths": lengths,
-        "splits": {
-            split: {
-                domain: {key: counts[key] for key in counted} | {"shards": shards[split, domain]}
-                for domain, counts in entries.items()
-            }
-            for split, entries in splits.items()
-        },
-    }
+        if missing and frozen.filters.any_duplicates:
+            tasks.find_duplicates(frozen, numbers, processes, progress)
+        tasks.work(frozen, tasks.tokenize, missing, processes, TOKENIZE, progress)
 
 
 def _complete(recipe: Recipe, out: Path) -> bool:
@@ -186,16 +106,6 @@ def _complete(recipe: Recipe, out: Path) -> bool:
 def _require_same(wanted: Recipe, found: Recipe, out: Path) -> None:
     for line in configio.differences(found, wanted):
         raise DataError(f"{out}: was prepared with another recipe ({line}); name another --out")
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        advice = "free space on the disk and start again" if error.errno in _DISK_FULL else "name another --out"
-        raise DataError(f"{out}: the token store cannot be written: {reason}; {advice}") from error
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ import jax
 
 from tinyllama_jax import __version__, configio, flops
 from tinyllama_jax.config import CheckpointError, ConfigError, DataError, Run
+from tinyllama_jax.data.plan import silent
 from tinyllama_jax.data.prepare import prepare
-from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.data.store import MANIFEST, TokenStore
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.train import checkpoint
 from tinyllama_jax.train.checkpoint import Checkpoints
@@ -34,16 +35,16 @@ def open_store(run: Run, progress=None) -> TokenStore:
 
     Raises DataError when it is missing without a recipe, damaged, or marked otherwise than the run asks.
     """
-    path = Path(run.data.store)
-    if not path.exists():
-        if run.data.recipe is None:
-            raise DataError(
-                f"token store {path} does not exist; make it with `tinyllama prepare SOURCE... --out {path}`, or name "
-                "another with --set data.store=DIR"
-            )
+    path, remote = run.data.store, "://" in run.data.store
+    if not remote and run.data.recipe is not None and not (Path(path) / MANIFEST).exists():
         say(f"token store {path} does not exist yet: preparing it from {', '.join(run.data.recipe.sources)}")
-        prepare(run.data.recipe, path, progress=progress)
-    store = TokenStore.open(path)
+        prepare(run.data.recipe, path, progress=progress or silent)
+    elif not remote and not Path(path).exists():
+        raise DataError(
+            f"token store {path} does not exist; make it with `tinyllama prepare SOURCE... --out {path}`, or name "
+            "another with --set data.store=DIR"
+        )
+    store = TokenStore.open(path, cache=run.data.cache)
     marks = store.manifest["document_marks"]
     if run.data.document_marks not in ("any", marks):
         raise DataError(
@@ -172,7 +173,7 @@ def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> 
 
 def store_identity(store: TokenStore) -> dict:
     return {
-        "path": str(store.path.resolve()),  # found again from any directory
+        "path": store.location,  # found again from any directory
         "manifest_sha256": store.manifest_sha256,
         "tokenizer_sha256": store.manifest["tokenizer"]["sha256"],
     }

@@ -1,0 +1,164 @@
+"""Verbs about data: `prepare` and its steps, `prepare view`, `inspect STORE`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from tinyllama_jax.config import Recipe, UsageError
+from tinyllama_jax.terminal import Progress, answer
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    return Recipe(
+        sources=tuple(args.sources),
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        document_marks=args.document_marks,
+        validation_share=args.validation_share,
+        filters=tuple(args.filters),
+        window_tokens=args.window_tokens,
+        packing=args.packing,
+        item_bytes=count(args.item_bytes),
+    )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    from tinyllama_jax.data.prepare import prepare
+
+    with Progress() as progress:
+        out = prepare(recipe_of(args), args.out, processes=_workers(args), progress=progress)
+    _answer_store(args, out)
+
+
+def plan(args: argparse.Namespace) -> None:
+    from tinyllama_jax.data.prepare import freeze
+
+    with Progress() as progress:
+        frozen = freeze(recipe_of(args), args.out, progress)
+    inputs, size = sum(len(item.inputs) for item in frozen.items), sum(item.bytes for item in frozen.items)
+    n = len(frozen.items)
+    tasks = min(n, 1000)  # what Slurm allows in an array by default
+    value = {
+        "plan": str(frozen.folder / "plan.json"),
+        "sha256": frozen.sha256,
+        "items": n,
+        "inputs": inputs,
+        "bytes": size,
+    }
+    lines = [
+        f"{value['plan']}: {n:,} items of {inputs:,} files, {size / 1e9:.2f} GB; SHA-256 {frozen.sha256}",
+        f"next, on as many machines as there are: tinyllama prepare run --out {args.out} --items 0:{n}",
+        f"  as a SLURM array: sbatch --array=0-{tasks - 1} --wrap "
+        f"'tinyllama prepare run --out {args.out} --items $SLURM_ARRAY_TASK_ID/{tasks}'",
+        f"and then, once:  tinyllama prepare finalize --out {args.out}",
+    ]
+    answer(args, value, lines)
+
+
+def run(args: argparse.Namespace) -> None:
+    from tinyllama_jax.data import plan
+    from tinyllama_jax.data.prepare import run
+
+    frozen = plan.load(args.out)
+    numbers = item_numbers(args.items, len(frozen.items))
+    with Progress() as progress:
+        run(frozen, numbers, _workers(args), progress)
+    answer(args, {"store": args.out, "items": len(numbers)}, [f"{args.out}: {len(numbers)} items are done"])
+
+
+def finalize(args: argparse.Namespace) -> None:
+    from tinyllama_jax.data import plan
+    from tinyllama_jax.data.manifest import finalize
+
+    _answer_store(args, finalize(plan.load(args.out)))
+
+
+def view(args: argparse.Namespace) -> None:
+    from tinyllama_jax.data.store import TokenStore
+    from tinyllama_jax.data.views import make_view
+
+    named = [word.rpartition("=") for word in args.tokens]
+    budgets = {domain: count(tokens) for domain, _, tokens in named}
+    if "" in budgets and len(named) > 1 or len(budgets) < len(named):
+        raise UsageError(f"--tokens {' '.join(args.tokens)}: give one number, or DOMAIN=NUMBER once for each domain")
+    tokens = budgets[""] if "" in budgets else budgets
+    _answer_store(args, make_view(TokenStore.open(args.store), tokens, args.out, seed=args.seed))
+
+
+def is_store(path: str) -> bool:
+    """Whether `inspect` is asked about tokens: a finished or unfinished store, or an address in object storage."""
+    return "://" in path or any((Path(path) / name).is_file() for name in ("manifest.json", "plan.json"))
+
+
+def inspect_store(args: argparse.Namespace) -> None:
+    from tinyllama_jax.data.describe import describe
+
+    with Progress() as progress:
+        value, lines = describe(
+            args.what, samples=args.samples, seed=args.seed, verify=args.verify, workers=_cores(), progress=progress
+        )
+    answer(args, value, lines)
+
+
+def count(text: str) -> int:
+    """A number as people write it: 2049, 100M, 1.5B.  K, M, B (or G) and T are powers of 1000.
+
+    Raises UsageError for anything else.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMBGT]?)", text.strip().upper().replace("_", ""))
+    scale = {"": 0, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12}
+    if not found or not (value := float(found[1]) * 10 ** scale[found[2]]).is_integer() or value < 1:
+        raise UsageError(f"{text!r} is no number above 0 such as 2049, 100M or 1.5B")
+    return int(value)
+
+
+def item_numbers(text: str, total: int) -> range:
+    """`a:b` (b excluded, either may be missing) or `i/n` (the i-th of n shares, from 0) of `total` items.
+
+    Raises UsageError for what is neither, or lies outside.
+    """
+    if found := re.fullmatch(r"(\d*):(\d*)", text):
+        first, end = int(found[1] or 0), int(found[2] or total)
+        if first < end <= total:
+            return range(first, end)
+    elif found := re.fullmatch(r"(\d+)/(\d+)", text):
+        share, shares = int(found[1]), int(found[2])
+        if share < shares:
+            return range(share, total, shares)
+    raise UsageError(
+        f"--items {text}: the plan has items 0:{total}; write a:b with a < b <= {total}, or i/n with i < n"
+    )
+
+
+def _workers(args: argparse.Namespace) -> int:
+    if args.workers < 0:
+        raise UsageError(f"--workers {args.workers}: must be 0 (all cores) or more")
+    return args.workers or _cores()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _answer_store(args: argparse.Namespace, path: Path) -> None:
+    from tinyllama_jax.data.store import SPLITS, TokenStore
+
+    store = TokenStore.open(path)
+    value = {"store": str(store.path), "vocab_size": store.vocab_size, "domains": {}}
+    lines = [f"{store.path}: vocabulary {store.vocab_size}, windows of {store.window_tokens} tokens"]
+    for domain in store.domains:
+        value["domains"][domain] = {}
+        for name in SPLITS:
+            split = store.split(name, domain)
+            windows = split.windows(store.window_tokens)
+            value["domains"][domain][name] = {"documents": split.documents, "tokens": split.tokens, "windows": windows}
+            counts = f"{split.documents:>11,} documents {split.tokens:>16,} tokens {windows:>11,} windows"
+            lines.append(f"  {domain:<12} {name:<10} {counts}")
+    removed = store.manifest["removed"]
+    value["removed"] = removed
+    if removed:
+        lines.append("  left out: " + ", ".join(f"{n:,} documents ({why})" for why, n in removed.items()))
+    answer(args, value, lines)
