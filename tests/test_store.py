@@ -1,35 +1,28 @@
 """Token store: what is read is what was written, or the damaged file is named."""
 
+import concurrent.futures
 import json
 import shutil
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from store_cases import documents, flip, make_store, truncate
 
-from tinyllama_jax.config import DataError, Recipe
+from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data import store
-from tinyllama_jax.data.prepare import prepare
-from tinyllama_jax.data.store import Split, SplitWriter, TokenStore, token_dtype
+from tinyllama_jax.data.store import TokenStore
 
-DOCUMENTS = 40
+W = 17
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Shards of 50,001 tokens: windows straddle them, and borders do not fall on CRC blocks."""
-    folder = tmp_path_factory.mktemp("store")
-    words = ["alpha", "beta", "gamma delta", "x = 1\n", "    return y\n", "42"]
-    random = np.random.default_rng(0)
-    for domain in ("prose", "code"):
-        (folder / domain).mkdir()
-        for i in range(DOCUMENTS):
-            text = " ".join(words[j] for j in random.integers(0, len(words), random.integers(20, 5000)))
-            (folder / domain / f"{i:02d}.txt").write_text(f"{domain} {i} {text}")
-    recipe = Recipe(sources=(str(folder / "prose"), str(folder / "code")), vocab_size=300, validation_share=0.2)
-    return prepare(recipe, folder / "store", shard_tokens=50_001)
+    """Two domains, three items each, several shards per item."""
+    folder = tmp_path_factory.mktemp("store") / "store"
+    domains = {"prose": documents(90, 1), "code": documents(70, 2, longest=200)}
+    return Path(make_store(folder, domains, W, items=3, shard_windows=40).path)
 
 
 @pytest.fixture
@@ -44,129 +37,170 @@ def complaint(function, *arguments, **keywords) -> str:
     return str(caught.value)
 
 
-def flat(made: Path, split: str, domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens and the absolute document of each, from the bare files."""
-    folder = made / split / domain
-    tokens = np.concatenate([np.fromfile(f, "<u2") for f in sorted(folder.glob("*.bin"))]).astype(np.int32)
-    begins = np.load(folder / "documents.npy")
-    assert begins.dtype == np.uint64 and begins[0] == 0
-    return tokens, np.repeat(np.arange(begins.size), np.diff(begins.astype(np.int64), append=tokens.size))
+def runs(given: list[np.ndarray], items: int) -> list[np.ndarray]:
+    """Each item's documents in a row."""
+    n = len(given)
+    return [np.concatenate(given[n * i // items : n * (i + 1) // items]) for i in range(items)]
 
 
-def test_windows_are_the_tokens_written_across_shards(made):
-    opened = TokenStore.open(made, full_check=True)
-    assert opened.domains == ("prose", "code") and opened.vocab_size == 300
-    shards = opened.manifest["splits"]["train"]["prose"]["shards"]
-    assert len(shards) >= 3 and {s["tokens"] for s in shards[:-1]} == {50_001}
-    for split in store.SPLITS:
-        for domain in opened.domains:
-            tokens, documents = flat(made, split, domain)
-            part = opened.split(split, domain)
-            assert (part.tokens, part.documents) == (tokens.size, documents[-1] + 1)
-            for length in (1, 7, 257, tokens.size, 60_000):
-                count = part.windows(length)
-                assert count == tokens.size // length
-                ids = np.random.default_rng(length).permutation(count)[:500]
-                got, segments = part.read(ids, length)
-                assert got.dtype == segments.dtype == np.int32 and got.shape == segments.shape == (ids.size, length)
-                for row, window in enumerate(ids):
-                    place = slice(window * length, (window + 1) * length)
-                    np.testing.assert_array_equal(got[row], tokens[place])
-                    np.testing.assert_array_equal(segments[row], documents[place] - documents[place.start])
-
-
-def test_documents_decode_to_the_texts(made):
+@pytest.mark.parametrize("length", [W, 1, 2, 5, 16, 18, 34, 100, 300])
+def test_windows_of_any_length_are_the_tokens_written(made, length):
+    """They may straddle shards, but not items; what fills no window of the stored length was dropped for good."""
     opened = TokenStore.open(made)
-    tokenizer = opened.tokenizer()
-    found = []
-    for split in store.SPLITS:
-        tokens, documents = flat(made, split, "code")
-        found += [tokenizer.decode(tokens[documents == i]) for i in range(documents[-1] + 1)]
-    texts = [f.read_text() for f in (made.parent / "code").iterdir()]
-    assert sorted(found) == sorted(texts)
-    entries = [opened.manifest["splits"][split]["code"] for split in store.SPLITS]
-    assert sum(e["bytes"] for e in entries) == sum(len(t.encode()) for t in texts)
-    assert sum(e["documents"] for e in entries) == DOCUMENTS
+    for domain, given in (("prose", documents(90, 1)), ("code", documents(70, 2, longest=200))):
+        split = opened.split("train", domain)
+        assert split.windows(W) == split.tokens // W
+        rows, segments = [], []
+        for row in runs(given, 3):
+            row = row[: row.size // W * W]  # stored
+            begins = np.append(0, np.cumsum(row == 2)[:-1])  # a document ends at EOS
+            whole = row.size // length * length
+            rows += np.split(row[:whole], range(length, whole, length)) if whole else []
+            segments += np.split(begins[:whole], range(length, whole, length)) if whole else []
+        assert split.windows(length) == len(rows)
+        ids = np.random.default_rng(length).permutation(len(rows))
+        got = split.read(ids, length)
+        assert got.tokens_NT.dtype == got.documents_NT.dtype == got.used_N.dtype == np.int32
+        np.testing.assert_array_equal(got.tokens_NT, np.array(rows)[ids])
+        np.testing.assert_array_equal(got.documents_NT, np.array([s - s[0] for s in segments])[ids])
+        assert (got.used_N == length).all()
 
 
-def test_window_that_does_not_exist_is_an_index_error(made):
+def test_nothing_asked_is_nothing_read(made):
+    for length in (W, 5):
+        got = TokenStore.open(made).split("train", "prose").read(np.empty(0, np.int64), length)
+        assert got.tokens_NT.shape == got.documents_NT.shape == (0, length) and got.used_N.shape == (0,)
+
+
+def test_packed_windows_are_whole_or_refused(tmp_path):
+    given = documents(200, 5, longest=40)
+    opened = make_store(tmp_path / "s", {"a": given}, 64, "best_fit")
+    split = opened.split("train", "a")
+    got = split.read(np.arange(split.windows(64)), 64)
+    assert got.used_N.sum() == split.tokens == sum(d.size for d in given) and got.used_N.min() < 64
+    pieces = [
+        tuple(row[:used][segments[:used] == i])
+        for row, segments, used in zip(*got, strict=True)
+        for i in range(segments[used - 1] + 1)
+    ]
+    assert sorted(pieces) == sorted(map(tuple, given)) and len(pieces) == split.documents
+    for ask in (split.windows, lambda length: split.read(np.array([0]), length)):
+        with pytest.raises(ConfigError, match="packed into windows of 64 .* set data.sequence_tokens=63"):
+            ask(32)
+
+
+@pytest.mark.parametrize("length", [W, 5])
+def test_window_that_does_not_exist_is_an_index_error(made, length):
     split = TokenStore.open(made).split("train", "prose")
-    for window in (-1, split.windows(100)):
+    for window in (-1, split.windows(length)):
         with pytest.raises(IndexError):
-            split.read(np.array([0, window]), 100)
-    assert "poems" in complaint(TokenStore.open(made).split, "train", "poems")
+            split.read(np.array([0, window]), length)
 
 
-@pytest.mark.parametrize("vocab_size, dtype", [(65_536, "<u2"), (65_537, "<u4")])
-def test_token_width_follows_the_vocabulary(tmp_path, vocab_size, dtype):
-    assert token_dtype(vocab_size).str == dtype
-    writer = SplitWriter(tmp_path / "s", token_dtype(vocab_size), shard_tokens=40_000)
-    written = np.random.default_rng(0).integers(0, vocab_size, 100_000, np.int32)
-    written[:2] = vocab_size - 1
-    for part in np.split(written, [10, 39_000, 90_000]):
-        writer.add(part, part.size)
-    split = Split(tmp_path / "s", writer.entry(), token_dtype(vocab_size))
-    split.check(full=True)
-    tokens, documents = split.read(np.arange(2), 50_000)
-    np.testing.assert_array_equal(tokens.ravel(), written)
-    assert documents[0, [0, 9, 10, 38_999, 39_000]].tolist() == [0, 0, 1, 1, 2]
-    assert documents[1, [0, 39_999, 40_000]].tolist() == [0, 0, 1]
+def test_domain_that_does_not_exist_is_named_with_those_that_do(made):
+    message = complaint(TokenStore.open(made).split, "train", "poems")
+    assert "poems" in message and "prose, code" in message
+
+
+def test_wide_vocabularies_are_stored_wide(tmp_path):
+    given = documents(40, 3, vocab_size=100_000)
+    split = make_store(tmp_path / "s", {"a": given}, W, vocab_size=100_000).split("train", "a")
+    row = np.concatenate(given)
+    assert split.dtype.itemsize == 4 and row.max() > 65_535
+    np.testing.assert_array_equal(split.read(np.arange(split.windows(W)), W).tokens_NT.ravel(), row[: split.tokens])
+
+
+def test_threads_may_read_at_once(made):
+    split = TokenStore.open(made).split("train", "code")
+    ids = np.arange(split.windows(W))
+    expected = split.read(ids, W).tokens_NT
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda seed: split.read(np.random.default_rng(seed).permutation(ids), W), range(30)):
+            assert got.tokens_NT.sum() == expected.sum()
+        order = [np.random.default_rng(seed).permutation(ids) for seed in range(30)]
+        for some, got in zip(order, pool.map(lambda some: split.read(some, W), order), strict=True):
+            np.testing.assert_array_equal(got.tokens_NT, expected[some])
 
 
 # --- damage ---
 
 
-def flip(file: Path, offset: int) -> None:
-    with file.open("r+b") as data:
-        data.seek(offset)
-        byte = data.read(1)[0]
-        data.seek(offset)
-        data.write(bytes([byte ^ 1]))
+def last_shard(split: Path) -> Path:
+    return max(split.glob("*.bin"))
 
 
-@pytest.mark.parametrize("offset", [0, 65_535, 65_536, 100_001])
-def test_flipped_byte_is_found_when_it_is_read_and_not_before(copy, offset):
-    file = copy / "train" / "prose" / "00001.bin"
-    flip(file, offset)
+def test_flipped_token_is_found_when_it_is_read_and_not_before(copy):
+    file = last_shard(copy / "train" / "prose")
     split = TokenStore.open(copy).split("train", "prose")
-    split.read(np.arange(50), 1000)  # the first shard is sound
-    bad = (50_001 + offset // 2) // 100
-    for _ in range(2):  # and found again at the next attempt
-        message = complaint(split.read, np.array([0, bad]), 100)
-        assert str(file) in message and f"offset {offset // 65_536 * 65_536}" in message
-    assert str(file) in complaint(TokenStore.open, copy, full_check=True)
+    here = int(split.first[-2])  # the last shard's first window
+    flip(file, 3 * W * 2 + 5)
+    split.read(np.arange(here + 3), W)
+    split.read(np.arange(here + 4, split.windows(W)), W)
+    for _ in range(2):  # and again at the next attempt
+        message = complaint(split.read, np.array([0, here + 3]), W)
+        assert str(file.with_suffix("")) in message and "window 3 " in message
+    assert "window 3 " in complaint(split.read, np.arange(split.windows(5)), 5)
 
 
-def test_damaged_side_files_are_found(copy):
-    folder = copy / "train" / "prose"
-    flip(folder / "documents.npy", 200)
-    assert "documents.npy" in complaint(TokenStore.open(copy).split("train", "prose").read, np.array([0]), 10)
-    assert "documents.npy" in complaint(TokenStore.open, copy, full_check=True)
-    shutil.copy(folder.parent / "code" / "00000.crc", folder / "00000.crc")
-    assert "00000.bin" in complaint(TokenStore.open(copy).split("train", "prose").read, np.array([0]), 10)
+@pytest.mark.parametrize("suffix", [".idx", ".doc"])
+def test_side_files_of_another_shard_are_found(copy, suffix):
+    files = sorted((copy / "train" / "prose").glob("*" + suffix))
+    first = next(f for f in files[1:] if f.stat().st_size >= files[0].stat().st_size)
+    files[0].write_bytes(first.read_bytes()[: files[0].stat().st_size])
+    split = TokenStore.open(copy).split("train", "prose")
+    assert files[0].stem in complaint(split.read, np.arange(40), W)
 
 
-@pytest.mark.parametrize("name", ["00001.bin", "00001.crc"])
-def test_truncated_or_missing_files_are_found_when_opening(copy, name):
-    file = copy / "validation" / "code" / name.replace("00001", "00000")
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".doc"])
+@pytest.mark.parametrize("split, domain", [("train", "prose"), ("validation", "code")])
+def test_truncated_or_missing_files_are_found_when_opening(copy, split, domain, suffix):
+    file = last_shard(copy / split / domain).with_suffix(suffix)
     size = file.stat().st_size
-    with file.open("r+b") as data:
-        data.truncate(size - 2)
+    truncate(file)
     message = complaint(TokenStore.open, copy)
-    assert str(file) in message and str(size) in message and str(size - 2) in message
+    assert f"{file}: has {size - 2} bytes, the manifest says {size}" in message and "again" in message
     file.unlink()
-    assert str(file) in complaint(TokenStore.open, copy)
+    assert f"{file}: part of the token store is missing" in complaint(TokenStore.open, copy)
 
 
-def test_missing_index_is_found_when_opening(copy):
-    (copy / "train" / "code" / "documents.npy").unlink()
-    assert "documents.npy" in complaint(TokenStore.open, copy)
+def test_shard_cut_short_after_opening_is_found(copy):
+    split = TokenStore.open(copy).split("train", "prose")
+    ids = np.arange(split.windows(W))
+    split.read(ids, W)
+    file = last_shard(copy / "train" / "prose")
+    truncate(file)
+    assert str(file) in complaint(split.read, ids, W)
+
+
+def test_shard_gone_after_opening_is_found(copy):
+    split = TokenStore.open(copy).split("train", "prose")
+    file = last_shard(copy / "train" / "prose")
+    file.unlink()
+    assert str(file) in complaint(split.read, np.arange(split.windows(W)), W)
+
+
+def test_folder_gone_is_found(copy):
+    shutil.rmtree(copy / "validation" / "code")
+    assert "missing" in complaint(TokenStore.open, copy)
+
+
+def test_files_that_the_manifest_does_not_list_change_nothing(made, copy):
+    (copy / "train" / "prose" / "999999-00.bin").write_bytes(b"more")
+    (copy / "notes.txt").write_text("mine")
+    ids = np.arange(50)
+    found = TokenStore.open(copy)
+    np.testing.assert_array_equal(
+        found.split("train", "prose").read(ids, W)[0], TokenStore.open(made).split("train", "prose").read(ids, W)[0]
+    )
+    assert found.domains == ("prose", "code")
 
 
 def test_tokenizer_of_another_store_is_refused(copy):
     flip(copy / "tokenizer.model", 500)
     message = complaint(TokenStore.open, copy)
     assert "tokenizer.model" in message and "expected" in message
+    (copy / "tokenizer.model").unlink()
+    assert "tokenizer.model: part of the token store is missing" in complaint(TokenStore.open, copy)
 
 
 def test_manifest_that_was_edited_cut_or_removed_is_refused(copy):
@@ -182,15 +216,17 @@ def test_manifest_that_was_edited_cut_or_removed_is_refused(copy):
         file.write_text(edited)
         assert "manifest.json" in complaint(TokenStore.open, copy)
     file.unlink()
-    assert str(copy) in complaint(TokenStore.open, copy)
+    assert "not finished" in complaint(TokenStore.open, copy)
+    (copy / "plan.json").unlink()
+    assert "no token store" in complaint(TokenStore.open, copy)
     assert "no token store" in complaint(TokenStore.open, copy / "none")
+    assert "no token store" in complaint(TokenStore.open, copy / "tokenizer.model")
 
 
 def test_manifest_hash_identifies_the_data(made, copy):
     opened = TokenStore.open(made)
-    assert opened.manifest_sha256 == TokenStore.open(copy).manifest_sha256 == store.sha256_of(made / "manifest.json")
-    tokenizer = opened.tokenizer()
-    recorded = opened.manifest["tokenizer"]
+    assert opened.manifest_sha256 == TokenStore.open(copy).manifest_sha256
+    tokenizer, recorded = opened.tokenizer(), opened.manifest["tokenizer"]
     assert recorded["sha256"] == tokenizer.sha256
     assert (recorded["vocab_size"], recorded["bos_id"], recorded["eos_id"]) == (300, 1, 2)
     assert json.dumps(opened.manifest).count(str(Path.cwd())) == 0
@@ -199,28 +235,13 @@ def test_manifest_hash_identifies_the_data(made, copy):
 # --- speed ---
 
 
-def test_each_block_is_checked_once(made, monkeypatch):
-    calls = []
-    real = zlib.crc32
-    monkeypatch.setattr(store.zlib, "crc32", lambda *a: calls.append(1) or real(*a))
-    split = TokenStore.open(made).split("train", "prose")
-    ids = np.arange(split.windows(100))
-    split.read(ids, 100)
-    blocks = sum(-(-2 * s["tokens"] // 65_536) for s in split._shards)
-    assert len(calls) in (blocks, blocks - 1)  # the dropped tail may be a block of its own
-    split.read(ids, 100)
-    assert len(calls) in (blocks, blocks - 1)
-
-
-def test_batches_are_read_at_20_million_tokens_a_second(made):
-    split = TokenStore.open(made).split("train", "prose")
-    batches = np.random.default_rng(0).integers(0, split.windows(257), (100, 8))
-    for batch in batches:
-        split.read(batch, 257)
+def test_windows_are_read_at_20_million_tokens_a_second(tmp_path):
+    split = make_store(tmp_path / "s", {"a": documents(2000, longest=1000)}, 2049).split("train", "a")
+    ids = np.random.default_rng(0).integers(0, split.windows(2049), (20, 64))
+    split.read(ids[0], 2049)
     best = 0.0
-    for _ in range(20):  # the best of many: others use this machine too
+    for batch in ids:  # the best of many: others use this machine too
         begin = time.perf_counter()
-        for batch in batches:
-            split.read(batch, 257)
-        best = max(best, batches.size * 257 / (time.perf_counter() - begin))
+        split.read(batch, 2049)
+        best = max(best, batch.size * 2049 / (time.perf_counter() - begin))
     assert best > 20e6

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyllama_jax.config import ConfigError, DataError
-from tinyllama_jax.data.permutation import permute
+from tinyllama_jax.data.permutation import permute, round_keys
 from tinyllama_jax.data.shards import Shard, ShardReader
 from tinyllama_jax.data.storage import REMEDY, Storage
 
@@ -143,6 +143,11 @@ class ChosenWindows:
     def parent_ids(self, ids: np.ndarray) -> np.ndarray:
         """Which windows of the store they are: int64 [N] -> int64 [N]."""
         return permute(ids, self._split.windows(self.window_tokens), self._keys)
+
+
+def view_keys(seed: int, domain: str) -> np.ndarray:
+    """Of the permutation whose first windows a view has: others than those of any shuffle with the same seed."""
+    return round_keys(seed, f"view {domain}", 0)[:, None]
 
 
 def _check_ids(ids: np.ndarray, count: int, where: str | Path) -> None:

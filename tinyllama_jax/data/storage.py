@@ -143,17 +143,22 @@ class RemoteFile:
                 return place.read_bytes()
             except FileNotFoundError:
                 data = self._fetch(number * CACHE_BLOCK_BYTES, (number + 1) * CACHE_BLOCK_BYTES)
+            except OSError as error:
+                raise self._unusable(error) from error
+            temporary = place.with_name(f".{place.name}.tmp-{os.getpid()}-{threading.get_ident()}")
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                temporary = place.with_name(f".{place.name}.tmp-{os.getpid()}-{threading.get_ident()}")
                 temporary.write_bytes(data)
                 temporary.replace(place)
             except OSError as error:
-                raise DataError(
-                    f"{self._cache}: the cache cannot be written: {error.strerror}; free space there, or set "
-                    "data.cache to another folder"
-                ) from error
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise self._unusable(error) from error
             return data
+
+    def _unusable(self, error: OSError) -> DataError:
+        advice = "free space there, or set data.cache to another folder"
+        return DataError(f"{self._cache}: the cache cannot be used: {error.strerror}; {advice}")
 
     def _fetch(self, start: int, end: int) -> bytes:
         try:
@@ -177,13 +182,13 @@ def _local_files(top: str) -> Iterator[tuple[str, int]]:
 
 @contextlib.contextmanager
 def _as_oserror() -> Iterator[None]:
-    """Clients of object stores raise what they like: an OSError, or something of their own."""
+    """Clients of object stores raise what they like, of any length: here it becomes an OSError of one line."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(" ".join(text.split())) from error
 
 
 def _unreadable(path: str, error: OSError) -> DataError:
@@ -195,10 +200,10 @@ def _short(path: str, end: int, wanted: int) -> DataError:
 
 
 def _filesystem(root: str):
-    protocol = root.partition("://")[0]
     try:
         import fsspec
 
-        return fsspec.filesystem(protocol)
-    except (ImportError, ValueError) as error:  # the package, or the one that it needs for this protocol, is missing
-        raise DataError(f"{root}: object stores of this kind cannot be read here: {error}") from error
+        with _as_oserror():
+            return fsspec.core.url_to_fs(root)[0]
+    except (ImportError, OSError) as error:  # the package, or the one that it needs for this protocol, is missing
+        raise DataError(f"{root}: this kind of storage cannot be read here: {error}") from error

@@ -14,6 +14,7 @@ import atexit
 import functools
 import hashlib
 import json
+import os
 import posixpath
 import resource
 import shutil
@@ -24,8 +25,7 @@ import numpy as np
 
 from tinyllama_jax.config import DataError
 from tinyllama_jax.data import durable
-from tinyllama_jax.data.permutation import round_keys
-from tinyllama_jax.data.splits import ChosenWindows, Split
+from tinyllama_jax.data.splits import ChosenWindows, Split, view_keys
 from tinyllama_jax.data.splits import Windows as Windows
 from tinyllama_jax.data.storage import REMEDY, Storage
 from tinyllama_jax.data.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ class TokenStore:
         if parent:
             self._splits |= parent._splits
             for domain, entry in manifest["splits"]["train"].items():
-                keys = round_keys(manifest["view_of"]["seed"], f"view {domain}", 0)
+                keys = view_keys(manifest["view_of"]["seed"], domain)
                 self._splits["train", domain] = ChosenWindows(parent.split("train", domain), entry, keys, self.path)
             return
         dtype, packed = np.dtype(manifest["dtype"]), manifest["packing"] != "none"
@@ -133,6 +133,8 @@ def read_manifest(storage: Storage) -> tuple[dict, str]:
 
 
 def _without_manifest(storage: Storage, error: OSError) -> str:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        return f"{storage.where(MANIFEST)}: cannot be read ({error.strerror or error})"
     try:
         storage.bytes(PLAN)
     except OSError:
@@ -156,9 +158,13 @@ def _parent(storage: Storage, view_of: dict, cache: str | Path) -> TokenStore:
 
 
 def parent_path(storage: Storage, path: str) -> str:
-    """Where a view's store is: `path` is relative to the view, unless it is absolute."""
+    """Where a view's store is: `path` is a URL, or relative to the view."""
+    if "://" in path:
+        return path
+    if not storage.remote:
+        return os.path.normpath(os.path.join(os.path.realpath(storage.root), path))
     protocol, mark, root = storage.root.rpartition("://")
-    return path if "://" in path else protocol + mark + posixpath.normpath(posixpath.join(root, path))
+    return protocol + mark + posixpath.normpath(posixpath.join(root, path))
 
 
 def check_sha256(storage: Storage, name: str, expected: str) -> None:
