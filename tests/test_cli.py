@@ -36,9 +36,15 @@ def test_the_list_of_options_is_meant():
     }
     common = ["--help", "--json"]
     settings = ["--experiment-path", "--set"]
+    recipe = [*common, "--document-marks", "--filter", "--item-bytes", "--out", "--packing", "--tokenizer"]
+    recipe += ["--validation-share", "--vocab-size", "--window-tokens"]
     assert options == {
         "demo": sorted([*common, *settings, "--experiment", "--workdir"]),
-        "prepare": sorted([*common, "--document-marks", "--out", "--tokenizer", "--validation-share", "--vocab-size"]),
+        "prepare": sorted([*recipe, "--workers"]),
+        "prepare plan": sorted(recipe),
+        "prepare run": sorted([*common, "--items", "--out", "--workers"]),
+        "prepare finalize": sorted([*common, "--out"]),
+        "prepare view": sorted([*common, "--out", "--seed", "--tokens"]),
         "train": sorted([*settings, "--allow-config-change", "--help", "--workdir"]),
         "preflight": sorted([*common, *settings, "--as-written", "--target"]),
         "report": sorted([*common, "--compare"]),
@@ -50,7 +56,7 @@ def test_the_list_of_options_is_meant():
         ),
         "import": sorted([*common, "--out"]),
         "export": sorted([*common, "--dtype", "--out"]),
-        "inspect": sorted([*common, *settings, "--sequence-tokens"]),
+        "inspect": sorted([*common, *settings, "--samples", "--seed", "--sequence-tokens", "--verify"]),
     }
 
 

@@ -63,6 +63,11 @@ class TokenStore:
                 part = Split(storage, f"{split}/{domain}", entry, self.window_tokens, dtype, packed, readers)
                 self._splits[split, domain] = part
 
+    @property
+    def location(self) -> str:
+        """Where it is found again from any directory."""
+        return self.storage.root if self.storage.remote else str(Path(self.storage.root).resolve())
+
     @classmethod
     def open(cls, path: str | Path, *, cache: str | Path = "") -> TokenStore:
         """Checks the manifest, the tokenizer files and the size of every shard; other files are none of its business.
