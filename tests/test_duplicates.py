@@ -6,9 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,17 +14,15 @@ import pytest
 from tinyllama_jax.config import DataError
 from tinyllama_jax.data import duplicates, filters
 from tinyllama_jax.data.duplicates import Signatures, is_signed, read_removals, removals, sign, write_removals
+from tinyllama_jax.data.sources import Document
 
 PLAN = "ab" * 32
 EXACT, NEAR = filters.parse(("exact_duplicates",)), filters.parse(("near_duplicates=0.8",))
 BOTH = filters.parse(("exact_duplicates", "near_duplicates=0.8"))
 
 
-class Document(NamedTuple):
-    text: str = ""
-    fields: Mapping[str, str] = {}
-    tokens: np.ndarray | None = None
-    origin: str = "memory"
+def doc(text: str = "", tokens: np.ndarray | None = None) -> Document:
+    return Document("web", text, "memory", tokens=tokens)
 
 
 def signed(folder: Path, items: list[list[Document]], which: filters.Filters, numbers=None) -> list[Path]:
@@ -42,7 +38,7 @@ def decide(folder: Path, items: list[list[Document]], which: filters.Filters, nu
 
 
 def texts(rng: random.Random, items: int, each: int, alphabet: list[str]) -> list[list[Document]]:
-    return [[Document("".join(rng.choices(alphabet, k=rng.randrange(4)))) for _ in range(each)] for _ in range(items)]
+    return [[doc("".join(rng.choices(alphabet, k=rng.randrange(4)))) for _ in range(each)] for _ in range(items)]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -66,10 +62,10 @@ def test_exact_removes_what_comparing_all_pairs_removes(tmp_path, monkeypatch, s
 
 def test_tokens_are_compared_with_tokens_whatever_their_type(tmp_path):
     tokens = np.array([1, 300, 5], np.uint16)
-    as_text = Document(tokens.astype("<u4").tobytes().decode("latin-1"))
+    as_text = doc(tokens.astype("<u4").tobytes().decode("latin-1"))
     items = [
-        [Document(tokens=tokens), as_text, Document(tokens=tokens[:2])],
-        [Document(tokens=tokens.astype(np.int64)), Document(tokens=tokens[::-1])],
+        [doc(tokens=tokens), as_text, doc(tokens=tokens[:2])],
+        [doc(tokens=tokens.astype(np.int64)), doc(tokens=tokens[::-1])],
     ]
     assert decide(tmp_path, items, EXACT) == [{}, {0: "exact_duplicates"}]
 
@@ -77,9 +73,9 @@ def test_tokens_are_compared_with_tokens_whatever_their_type(tmp_path):
 def test_empty_corpora_and_documents(tmp_path):
     assert decide(tmp_path, [], BOTH) == []
     assert decide(tmp_path, [[], []], BOTH) == [{}, {}]
-    empty = [Document("")] * 2
-    assert decide(tmp_path, [empty, [Document(" ")]], EXACT) == [{3: "exact_duplicates"}, {}]
-    assert decide(tmp_path, [empty, [Document(" ")]], BOTH) == [{3: "exact_duplicates"}, {0: "near_duplicates"}]
+    empty = [doc("")] * 2
+    assert decide(tmp_path, [empty, [doc(" ")]], EXACT) == [{3: "exact_duplicates"}, {}]
+    assert decide(tmp_path, [empty, [doc(" ")]], BOTH) == [{3: "exact_duplicates"}, {0: "near_duplicates"}]
 
 
 SIGN = """
@@ -137,7 +133,7 @@ def corpus(seed: int, similarity: float, items: int, each: int) -> list[list[Doc
         else:
             text = rng.choices(words, k=rng.randrange(1, 80))
         made.append(text)
-    documents = [Document(" ".join(text)) for text in made]
+    documents = [doc(" ".join(text)) for text in made]
     return [documents[start : start + each] for start in range(0, len(documents), each)]
 
 
@@ -148,7 +144,7 @@ def test_the_estimate_is_the_similarity(tmp_path):
         for _ in range(30):
             a, b, exact = pair(rng, similarity)
             assert exact == jaccard(a, b)
-            first, second = sign([(0, Document(a)), (1, Document(b))], NEAR).minhashes_NP
+            first, second = sign([(0, doc(a)), (1, doc(b))], NEAR).minhashes_NP
             errors.append(np.mean(first == second) - exact)
         deviation = (exact * (1 - exact) / duplicates.PERMUTATIONS) ** 0.5
         assert abs(np.mean(errors)) <= 3 * deviation / 30**0.5 and np.max(np.abs(errors)) <= 4 * deviation
@@ -158,8 +154,8 @@ def test_similar_pairs_are_removed_and_different_ones_kept(tmp_path):
     rng = random.Random(1)
     similar, different = [], []
     for _ in range(40):
-        similar += [Document(text) for text in pair(rng, 0.95)[:2]]
-        different += [Document(text) for text in pair(rng, 0.2)[:2]]
+        similar += [doc(text) for text in pair(rng, 0.95)[:2]]
+        different += [doc(text) for text in pair(rng, 0.2)[:2]]
     first, second, third = decide(tmp_path, [similar[::2] + different[::2], similar[1::2], different[1::2]], NEAR)
     assert first == {} and third == {}
     assert second == {3 * i: "near_duplicates" for i in range(40)}
@@ -215,7 +211,7 @@ def test_the_first_selection_changes_nothing(tmp_path, monkeypatch):
 
 def test_exact_duplicates_go_first_and_are_called_so(tmp_path):
     a, b, _ = pair(random.Random(5), 0.95)
-    items = [[Document(a), Document("other text")], [Document(b), Document(a), Document(b)]]
+    items = [[doc(a), doc("other text")], [doc(b), doc(a), doc(b)]]
     assert decide(tmp_path, items, BOTH) == [
         {},
         {0: "near_duplicates", 3: "exact_duplicates", 6: "exact_duplicates"},
@@ -228,7 +224,7 @@ def test_what_was_removed_removes_nothing(tmp_path):
     words = [f"w{i}" for i in range(404)]
     chain = []
     for _ in range(12):
-        chain.append(Document(" ".join(words)))
+        chain.append(doc(" ".join(words)))
         words = [*words[20:], *(f"n{len(chain)}-{i}" for i in range(20))]  # 380 of 400 shingles stay
     assert jaccard(chain[0].text, chain[1].text) == 380 / 420
     (gone,) = decide(tmp_path, [chain], NEAR)
@@ -238,7 +234,7 @@ def test_what_was_removed_removes_nothing(tmp_path):
 
 
 def test_short_texts_are_one_shingle(tmp_path):
-    items = [[Document("one two three four"), Document("one  two\tthree four"), Document("one two three")]]
+    items = [[doc("one two three four"), doc("one  two\tthree four"), doc("one two three")]]
     assert decide(tmp_path, items, NEAR) == [{3: "near_duplicates"}]
 
 
@@ -246,7 +242,7 @@ def test_scripts_without_spaces(tmp_path):
     rng = random.Random(3)
     chinese = "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(500))
     other = "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(500))
-    items = [[Document(chinese), Document(chinese[:250] + "。" + chinese[250:]), Document(chinese[:100] + other)]]
+    items = [[doc(chinese), doc(chinese[:250] + "。" + chinese[250:]), doc(chinese[:100] + other)]]
     assert decide(tmp_path, items, NEAR) == [{3: "near_duplicates"}]
 
 
@@ -256,7 +252,7 @@ def test_near_duplicates_among_tokens(tmp_path):
     changed, other = tokens.copy(), rng.integers(0, 32000, 1000).astype(np.uint16)
     changed[[100, 500]] += 1
     other[:300] = tokens[:300]
-    assert decide(tmp_path, [[Document(tokens=t) for t in (tokens, changed, other)]], NEAR) == [{3: "near_duplicates"}]
+    assert decide(tmp_path, [[doc(tokens=t) for t in (tokens, changed, other)]], NEAR) == [{3: "near_duplicates"}]
 
 
 @pytest.mark.parametrize("n", [1, 5, 1024, 1025, 3000])
@@ -267,7 +263,7 @@ def test_minhashes_are_those_of_datasketch(n):
     plain = datasketch.MinHash(duplicates.PERMUTATIONS, duplicates.SEED, hashfunc=int, scheme=duplicates.SCHEME)
     for shingle in duplicates._shingles(tokens.astype(np.uint64)):
         plain.update(shingle)
-    (row,) = sign([(0, Document(tokens=tokens))], NEAR).minhashes_NP
+    (row,) = sign([(0, doc(tokens=tokens))], NEAR).minhashes_NP
     assert np.array_equal(row, plain.hashvalues) and row.dtype == np.uint32
 
 
@@ -275,7 +271,7 @@ def test_without_datasketch_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(DataError, match="pip install 'datasketch"):
         sign([], NEAR)
-    assert decide(tmp_path, [[Document("a")] * 2], EXACT) == [{3: "exact_duplicates"}]
+    assert decide(tmp_path, [[doc("a")] * 2], EXACT) == [{3: "exact_duplicates"}]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -283,7 +279,7 @@ def test_without_datasketch_the_package_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
-    (gone,) = decide(tmp_path, [[Document(text) for text in "abcabca"]], EXACT)
+    (gone,) = decide(tmp_path, [[doc(text) for text in "abcabca"]], EXACT)
     for removed in (gone, {}, {5: "near_duplicates", 1 << 40: "exact_duplicates"}):
         write_removals(tmp_path / "list", removed, PLAN)
         assert read_removals(tmp_path / "list", PLAN) == removed
@@ -292,7 +288,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 
 def test_every_damage_is_noticed(tmp_path):
-    (file,) = signed(tmp_path, [[Document("a b"), Document("c")]], BOTH)
+    (file,) = signed(tmp_path, [[doc("a b"), doc("c")]], BOTH)
     removed = tmp_path / "list"
     write_removals(removed, {3: "near_duplicates"}, PLAN)
     rng = random.Random(0)
@@ -312,7 +308,7 @@ def test_every_damage_is_noticed(tmp_path):
 
 
 def test_missing_files_and_files_of_another_plan(tmp_path):
-    (file,) = signed(tmp_path, [[Document("a")]], EXACT)
+    (file,) = signed(tmp_path, [[doc("a")]], EXACT)
     assert is_signed(file, PLAN) and not is_signed(file, "cd" * 32) and not is_signed(tmp_path / "none", PLAN)
     with pytest.raises(DataError, match="0.sig: holds signatures of another plan"):
         removals([file], EXACT, "cd" * 32)
@@ -354,7 +350,14 @@ def test_exact_removal_needs_little_memory(tmp_path):
     assert grown < 32 << 20
 
 
+def test_all_128_bits_count(tmp_path):
+    """Half a hash would call texts equal by accident from some 2^32 documents on."""
+    hashes_N2 = np.array([[1, 1], [1, 2], [2, 1], [1, 1 << 63], [1, 2]], np.uint64)
+    Signatures(np.arange(5, dtype=np.uint64), hashes_N2, np.zeros((5, 0), np.uint32)).write(tmp_path / "sig", PLAN)
+    assert list(removals([tmp_path / "sig"], EXACT, PLAN)) == [{4: "exact_duplicates"}]
+
+
 def test_hashes_are_those_of_the_text():
     data = hashlib.blake2b("naïve\n語".encode(), digest_size=16, person=b"text").digest()
-    (row,) = sign([(0, Document("naïve\n語"))], EXACT).hashes_N2
+    (row,) = sign([(0, doc("naïve\n語"))], EXACT).hashes_N2
     assert row.tobytes() == data

@@ -136,7 +136,7 @@ def _field(document: Document, field: str, name: str) -> str:
             f" (it has: {', '.join(sorted(document.fields))})" if document.fields else ""
         )
         raise DataError(
-            f"{document.origin}: has no field {field!r} for filter {name!r}{hint}; the source makes it available when "
-            f"`?fields={field}` is added to it"
+            f"{document.origin}: has no field {field!r}{hint} for filter {name!r}, which every document needs; add "
+            f"`?fields={field}` to the source if that is missing, or leave the filter out"
         )
     return document.fields[field]
