@@ -114,7 +114,7 @@ def removals(files: Sequence[Path], filters: Filters, plan: str) -> Iterator[dic
     """What is to be removed, item by item: ordinal -> the filter that removes it.
 
     files: of the signatures of all items, in the items' order.  Memory: 1 byte per document and 20 MB for a bucket of
-    hashes; with near duplicates 26 bytes per document, and 10 KB per document that looks like another one.
+    hashes; with near duplicates 50 bytes per document, and 5 KB per document that looks like another one (T = 0.8).
     Raises DataError for signatures that are missing, damaged or of another plan.
     """
     signed = [Columns(path, SIGNATURES, plan) for path in files]
@@ -276,6 +276,7 @@ def _share_a_band(signed: list[Columns], starts: np.ndarray, among: np.ndarray, 
             keys[start:stop] = mixed
         compared = keys[rows]
         order = np.argsort(compared)
-        same = compared[order[1:]] == compared[order[:-1]]
+        compared = compared[order]
+        same = compared[1:] == compared[:-1]
         shared[rows[order[1:][same]]] = shared[rows[order[:-1][same]]] = True
     return shared
