@@ -240,7 +240,9 @@ def test_with_a_real_store_on_disk(tmp_path):
 def test_padding_of_packed_windows_is_never_predicted(tmp_path, masking):
     store = on_disk(tmp_path, "best_fit", prose=200, code=130)
     p = pipeline(curriculum({"prose": 1.0}, batch=8, tokens=5 * 8 * T), store, masking)
-    windows = [p.windows(step) for step in range(5)]  # 40 documents of 5 in windows of 7: one in each
+    windows = [
+        part for step in range(5) for _, part in p.windows(step)
+    ]  # 40 documents of 5 in windows of 7: one in each
     assert all((w.used_N == DOCUMENT).all() for w in windows)
     assert sorted(w for part in windows for w in part.tokens_NT[:, 0]) == list(range(0, 200, DOCUMENT))
     for step in range(5):

@@ -19,6 +19,7 @@ from tinyllama_jax.schedules import Plan
 
 Batch = dict[str, np.ndarray]
 READ_AHEAD_BATCHES = 2
+PART_ROWS = 64
 
 
 class Pipeline:
@@ -71,29 +72,29 @@ class Pipeline:
         in another document than its input token.
         Raises DataError when the store's bytes are damaged, IndexError outside the run.
         """
-        windows = self.windows(step)
-        inputs = np.ascontiguousarray(windows.documents_NT[:, :-1])
-        # Contiguous copies: devices are fed from these arrays, and slices of one buffer would be copied there.
-        return {
-            "tokens": np.ascontiguousarray(windows.tokens_NT[:, :-1]),
-            "targets": np.ascontiguousarray(windows.tokens_NT[:, 1:]),
-            "documents": inputs,
-            "positions": positions(inputs, self.masking),
-            "valid": valid_targets(windows, self.masking),
-        }
+        shape = self.plan.at_step(step).batch_sequences // self.process_count, self.window_tokens - 1
+        batch = {name: np.empty(shape, np.int32) for name in ("tokens", "targets", "documents")}
+        batch["positions"] = np.empty(shape, np.int32) if self.masking else positions(batch["documents"], False)
+        batch["valid"] = np.empty(shape, bool)
+        for rows, windows in self.windows(step):
+            batch["tokens"][rows] = windows.tokens_NT[:, :-1]
+            batch["targets"][rows] = windows.tokens_NT[:, 1:]
+            batch["documents"][rows] = windows.documents_NT[:, :-1]
+            batch["valid"][rows] = valid_targets(windows, self.masking)
+            if self.masking:
+                batch["positions"][rows] = positions(windows.documents_NT[:, :-1], True)
+        return batch
 
-    def windows(self, step: int) -> Windows:
-        """This host's rows of batch `step` as the store has them, one token longer than a batch's."""
+    def windows(self, step: int) -> Iterator[tuple[np.ndarray, Windows]]:
+        """This host's rows of batch `step` as the store has them, one token longer: (rows of the host's batch [n],
+        windows [n, T+1]), in parts small enough for the processor's caches."""
         rows = self.plan.at_step(step).batch_sequences // self.process_count
         start = self.process_index * rows
         source, window = self.order.rows(step, start, start + rows)
-        shape = rows, self.window_tokens
-        batch = Windows(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(rows, np.int32))
         for index in np.unique(source):
-            mine = source == index
-            for whole, part in zip(batch, self._splits[index].read(window[mine], self.window_tokens), strict=True):
-                whole[mine] = part
-        return batch
+            mine = np.flatnonzero(source == index)
+            for part in np.split(mine, range(PART_ROWS, mine.size, PART_ROWS)):
+                yield part, self._splits[index].read(window[part], self.window_tokens)
 
     def iterate(self, start_step: int, stop_step: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for start_step <= step < stop_step, read ahead by one thread.
@@ -130,12 +131,14 @@ def valid_targets(windows: Windows, document_masking: bool) -> np.ndarray:
 
 def positions(documents_NT: np.ndarray, document_masking: bool) -> np.ndarray:
     """Places of tokens int32 [N, T]: in their document with document masking, else in the row."""
-    place = np.arange(documents_NT.shape[1], dtype=np.int32)
     if not document_masking:
-        return np.broadcast_to(place, documents_NT.shape)
-    begin = np.zeros(documents_NT.shape, np.int32)
-    begin[:, 1:] = np.where(documents_NT[:, 1:] != documents_NT[:, :-1], place[1:], 0)
-    return place - np.maximum.accumulate(begin, axis=1)
+        return np.broadcast_to(np.arange(documents_NT.shape[1], dtype=np.int32), documents_NT.shape)
+    begins = np.ones(documents_NT.shape, bool)
+    np.not_equal(documents_NT[:, 1:], documents_NT[:, :-1], out=begins[:, 1:])
+    begin = np.flatnonzero(begins)
+    place = np.arange(documents_NT.size, dtype=np.int32)
+    place -= np.repeat(begin.astype(np.int32), np.diff(begin, append=documents_NT.size))
+    return place.reshape(documents_NT.shape)
 
 
 class _Steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,8 +107,7 @@ def _baselines(run: Run, store: TokenStore, step: int, windows: HeldOut, token_b
     pipeline = Pipeline(store, run.data, plan, run.seed, vocab_size=run.model.vocab_size)
 
     def seen():
-        for index in range(step):
-            windows = pipeline.windows(index)
+        for _, windows in itertools.chain.from_iterable(map(pipeline.windows, range(step))):
             whole = windows.used_N == pipeline.window_tokens
             if whole.any():
                 yield windows.tokens_NT[whole]
