@@ -1,9 +1,7 @@
-"""Sources: what is read, in which order, and what is said about bad input."""
+"""The standard library as a corpus: prose and code apart, nothing else touched, the same everywhere."""
 
 import ast
 import io
-import json
-import os
 import subprocess
 import sys
 import tokenize
@@ -11,121 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-import zstandard
 
-from tinyllama_jax.config import DataError
-from tinyllama_jax.data import corpora
-from tinyllama_jax.data.corpora import Document, docstrings_of, open_source, python_documents, without_docstrings
+from tinyllama_jax.data import stdlib
+from tinyllama_jax.data.sources import Input, open_source, parse
+from tinyllama_jax.data.stdlib import docstrings_of, python_documents, without_docstrings
 
 ROOT = Path(__file__).parents[1]
-
-
-def complaint(spec) -> str:
-    with pytest.raises(DataError) as caught:
-        list(open_source(str(spec)))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def texts(spec) -> list[str]:
-    return [document.text for document in open_source(str(spec))]
-
-
-def write(path: Path, text: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-# --- paths ---
-
-
-def test_folder_is_read_recursively_in_sorted_order_without_hidden_names(tmp_path):
-    for name in ("b.txt", "a/z.md", "a/b/c.py", "B.txt", ".git/x.txt", "a/.hidden.txt", "picture.png", "c.jsonl"):
-        write(tmp_path / name, '{"text": "line"}\n' if name.endswith("jsonl") else name)
-    found = [Path(d.origin).relative_to(tmp_path).as_posix() for d in open_source(str(tmp_path))]
-    assert found == ["B.txt", "a/b/c.py", "a/z.md", "b.txt", "c.jsonl:1"]
-
-
-def test_domain_is_the_stem_or_what_is_written_before_the_equals_sign(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "tales.v2.jsonl", '{"text": "a"}')
-    write(tmp_path / "x=y" / "a.txt", "a")
-    assert list(open_source("tales.v2.jsonl")) == [Document("tales.v2", "a", "tales.v2.jsonl:1")]
-    assert [d.domain for d in open_source("web=tales.v2.jsonl")] == ["web"]
-    assert [d.domain for d in open_source("eq=x=y")] == ["eq"]
-    message = complaint("x=y")  # an existing path is a path; its name is no domain
-    assert "DOMAIN=x=y" in message
-
-
-def test_text_is_kept_as_written_but_for_the_byte_order_mark(tmp_path):
-    write(tmp_path / "a.txt", b"\xef\xbb\xbf  two\r\nlines \n\n")
-    write(tmp_path / "b.txt", " \n\t")  # nothing visible
-    assert texts(tmp_path) == ["  two\r\nlines \n\n"]
-
-
-def test_missing_and_unusable_paths_are_named(tmp_path):
-    assert str(tmp_path / "none") in complaint(tmp_path / "none")
-    message = complaint(write(tmp_path / "a.parquet", "x"))
-    assert "a.parquet" in message and ".jsonl.zst" in message
-    (tmp_path / "empty").mkdir()
-    assert "empty" in complaint(tmp_path / "empty")
-    assert "blank.txt" in complaint(write(tmp_path / "blank.txt", "\n \n"))
-
-
-def test_invalid_utf8_names_file_and_byte(tmp_path):
-    message = complaint(write(tmp_path / "a.txt", b"good \xff bad"))
-    assert "a.txt" in message and "byte 5" in message
-
-
-def test_file_that_cannot_be_read_is_named(tmp_path):
-    write(tmp_path / "a.txt", "text")
-    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
-    assert "b.txt" in complaint(tmp_path)
-
-
-# --- jsonl ---
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b'{"text": "cut',
-        b'{"content": "no text"}',
-        b'{"text": 3}',
-        b'["text"]',
-        b'{"text": "\xff"}',
-        b'{"text": "\\ud800"}',
-        b"[" * 100_000,
-    ],
-    ids=["cut", "other field", "number", "no object", "not UTF-8", "surrogate", "deep"],
-)
-def test_bad_jsonl_line_names_file_and_line(tmp_path, line):
-    file = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')
-    message = complaint(file)
-    assert f"{file}:3" in message
-    assert len(message) < 500
-
-
-def zst_of(lines: list[str]) -> bytes:
-    return zstandard.ZstdCompressor().compress("".join(json.dumps({"text": t}) + "\n" for t in lines).encode())
-
-
-def test_zst_is_read_across_frames_and_chunks(tmp_path):
-    rows = [os.urandom(300_000).hex() for _ in range(8)]  # compressed larger than the reader's chunk
-    file = write(tmp_path / "a.jsonl.zst", zst_of(rows[:5]) + zst_of(rows[5:]))
-    assert texts(file) == rows
-    assert next(iter(open_source(str(file)))).domain == "a"
-
-
-def test_damaged_and_truncated_zst_are_not_taken_for_the_end(tmp_path):
-    whole = zst_of(["some text " * 50, os.urandom(50_000).hex()])
-    assert "fetch" in complaint(write(tmp_path / "a.jsonl.zst", whole[:-100]))
-    assert "fetch" in complaint(write(tmp_path / "b.jsonl.zst", b"\0" * 50 + whole))
-
-
-# --- Python ---
 
 
 def test_python_corpus_has_prose_and_code_and_no_tests():
@@ -149,7 +38,7 @@ def digest_of(documents) -> str:
 
 def test_python_corpus_does_not_depend_on_process_or_installed_packages():
     script = (
-        "import sys; from hashlib import sha256; from tinyllama_jax.data.corpora import python_documents as p; "
+        "import sys; from hashlib import sha256; from tinyllama_jax.data.stdlib import python_documents as p; "
         "assert not any('site-packages' in x for x in sys.path); "
         "print(sha256(repr([(d.domain, d.origin, d.text) for d in p()]).encode()).hexdigest())"
     )
@@ -188,10 +77,10 @@ def comments(source: str) -> list[str]:
 
 def test_docstrings_are_removed_from_the_library_and_nothing_else():
     root = Path(ast.__file__).parent
-    files = corpora._python_files(root)
+    files = stdlib._python_files(root)
     assert len(files) > 300
     for file in files[::20]:
-        source = corpora._python_source(file)
+        source = stdlib._python_source(file)
         result = without_docstrings(source, ast.parse(source))
         assert without_pass(ast.parse(result)) == without_pass(stripped(ast.parse(source))), file
         assert not docstrings_of(ast.parse(result)), file
@@ -220,3 +109,12 @@ def test_docstring_removal_keeps_layout_and_meaning(source, expected):
     result = without_docstrings(source, ast.parse(source))
     assert expected is None or result == expected
     assert without_pass(ast.parse(result)) == without_pass(stripped(ast.parse(source)))
+
+
+def test_the_library_is_one_input_of_a_source():
+    source = parse("python")
+    (given,) = source.inputs()
+    assert given == Input(".", source.size(given)) and given.bytes > 5_000_000
+    assert Path(source.where(given)) == Path(ast.__file__).parent
+    assert tuple(source.documents(given)) == tuple(open_source("python")) == python_documents()
+    assert source.layout == "python"
