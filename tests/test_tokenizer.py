@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data import tokenizer as module
-from tinyllama_jax.data.corpora import python_documents
+from tinyllama_jax.data.stdlib import python_documents
 from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe, write_tokenizer_json
 
 VOCAB = 1024
