@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data import tokenizer as module
+from tinyllama_jax.data.long_text import encode_in_parts
 from tinyllama_jax.data.stdlib import python_documents
 from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe, write_tokenizer_json
 
@@ -103,15 +105,136 @@ def test_any_text_has_equal_ids_and_comes_back(model, fast, text):
     assert all(0 <= i < VOCAB for i in ids)
 
 
-@given(st.one_of(ANY_TEXT, st.text(" ab\n\u2581", max_size=60)), st.integers(0, 8))
-@settings(max_examples=300, deadline=None)
-def test_long_text_in_parts_equals_the_whole(model, text, limit):
-    whole = model._backend.sp.encode(text)
+# -- long texts ----------------------------------------------------------------------------------------------------
+
+# What stresses joins: runs, spaces in both spellings, digits, bytes in place of pieces, letters of several bytes.
+STRESS = st.lists(
+    st.one_of(
+        st.text(" ab\n\u2581=_1e\u00e9\u4f60\U0001f642", max_size=30),
+        st.builds(
+            lambda text, n: text * n,
+            st.sampled_from(["a", " ", "\n", "=", "ab", "\u2581", "\u4f60", "return "]),
+            st.integers(1, 99),
+        ),
+    ),
+    max_size=8,
+).map("".join)
+
+
+def in_parts(tokenizer: Tokenizer, text: str, part_bytes: int) -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "LONG_TEXT", limit)
-        assert model._backend._cuts_at_spaces
-        assert " ".join(module._cut_at_spaces(text)) == text
-        assert model.encode(text) == whole
+        patch.setattr(module, "PART_BYTES", part_bytes)
+        assert tokenizer._guard is not None
+        return tokenizer.encode(text)
+
+
+@given(STRESS, st.sampled_from([1, 2, 7, 50, 120, 300]))
+@settings(max_examples=300, deadline=None)
+def test_long_text_in_parts_equals_the_whole_in_both_forms(model, fast, text, part_bytes):
+    whole = model._backend.sp.encode(text)
+    assert in_parts(model, text, part_bytes) == in_parts(fast, text, part_bytes) == whole
+
+
+def scribble(seed: int, alphabet: str, length: int) -> str:
+    """Runs and repetitions of random words."""
+    random = np.random.default_rng(seed)
+    text = []
+    while sum(map(len, text)) < length:
+        word = "".join(random.choice(list(alphabet), random.integers(1, 6)))
+        text.append(word * int(random.integers(1, 9)))
+    return "".join(text)[:length]
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "abc ", "a0 ", "01a\u4f60 ", "ab=\u00e9-_"])
+def test_vocabularies_full_of_overlapping_pieces(tmp_path, alphabet):
+    """Pieces of two or three letters leave every way to join open, and what is joined depends on what follows."""
+    corpus = [scribble(seed, alphabet, 500) for seed in range(40)]
+    file = train_bpe(corpus, 300, tmp_path / "tokenizer.model")
+    both = Tokenizer.load(file), Tokenizer.load(write_tokenizer_json(file, tmp_path / "tokenizer.json"))
+    for seed in range(100, 130):
+        text = scribble(seed, alphabet + "\n", 2000)
+        whole = both[0]._backend.sp.encode(text)
+        for tokenizer in both:
+            assert in_parts(tokenizer, text, 40 + seed) == whole == tokenizer._backend.encode(text).tolist()
+
+
+@pytest.mark.parametrize("letters", range(180, 200))
+@pytest.mark.parametrize("part_bytes", [50, 52])
+def test_joins_that_the_very_end_of_the_text_decides(letters, part_bytes):
+    """Pieces ab, bc, cd, ... of which the later is the better: the text is joined from its end in pairs."""
+    alphabet = "".join(chr(0x100 + i) for i in range(200))
+    ids = {piece: i for i, piece in enumerate([*alphabet, *map("".join, zip(alphabet, alphabet[1:], strict=False))])}
+
+    def encode(data: bytes) -> np.ndarray:
+        text = data.decode()
+        odd = len(text) % 2
+        alone = [ids[text[0]]] if odd else []
+        return np.array(alone + [ids[text[i : i + 2]] for i in range(odd, len(text), 2)], np.int32)
+
+    sizes = np.array([len(piece.encode()) for piece in ids], np.int32)
+    data = alphabet[:letters].encode()
+    np.testing.assert_array_equal(encode_in_parts(data, encode, encode, sizes, part_bytes), encode(data))
+
+
+def test_newer_json_form_that_rewrites_spaces_itself(fast, model, tmp_path):
+    spec = json.loads(fast.files[0].read_text())
+    spec |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": False}}
+    spec["pre_tokenizer"]["prepend_scheme"] = "first"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    newer = Tokenizer.load(tmp_path)
+    for text in (" leading space and \u2581 both\n" * 40, "a b" * 300):
+        assert in_parts(newer, text, 30) == newer._backend.encode(text).tolist()
+    spec["pre_tokenizer"]["split"] = True  # words are encoded alone
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert Tokenizer.load(tmp_path)._guard is None
+
+
+def test_user_defined_pieces_and_a_newline_among_them(tmp_path):
+    rules = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    symbols = ["\n", "\n\n", "<|x|>", "abcabc", " =" * 7]
+    file = trained(tmp_path / "tokenizer.model", model_type="bpe", user_defined_symbols=symbols, **rules)
+    tokenizer = Tokenizer.load(file)
+    assert tokenizer._guard[0] == "\x00"
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        text = "".join(random.choice([*symbols, "a", "abc", " ", "\n", "bc", "<|", "return", "\u4f60"], 400))
+        assert in_parts(tokenizer, text, 50 + 7 * seed) == tokenizer._backend.sp.encode(text)
+
+
+def test_other_kinds_of_vocabulary_are_encoded_whole(tmp_path):
+    rules = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    kinds = [
+        {"model_type": "unigram", "byte_fallback": True, **rules},
+        {"model_type": "bpe", **rules},  # letters without an id become one <unk> together
+        {"model_type": "bpe", "byte_fallback": True},  # rewrites letters
+        {"model_type": "bpe", "byte_fallback": True, "treat_whitespace_as_suffix": True, **rules},
+    ]
+    files = [trained(tmp_path / f"{i}.model", **kind) for i, kind in enumerate(kinds)]
+    for file in [*files, byte_level(tmp_path, "<s>", "</s>")]:
+        tokenizer = Tokenizer.load(file)
+        assert tokenizer._guard is None
+        text = "the quick \ufb01 \u4f60\u597d fox " * 30
+        whole = tokenizer.encode(text)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "PART_BYTES", 10)
+            assert tokenizer.encode(text) == whole
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "=", "\u4f60", "def f(x): return x\n", "nospacesbutletters0123"])
+def test_time_is_linear_in_the_length(model, fast, unit):
+    for tokenizer in (model, fast):
+
+        def seconds(characters, tokenizer=tokenizer):
+            text = (unit * (characters // len(unit) + 1))[:characters]
+            times = []
+            for _ in range(2):
+                begin = time.process_time()
+                tokenizer.encode_document(text, "eos")
+                times.append(time.process_time() - begin)
+            return min(times)
+
+        seconds(1000)
+        assert seconds(1 << 19) / seconds(1 << 15) < 2 * 16
 
 
 def test_marks_frame_the_document_and_text_never_becomes_one(model, fast):

@@ -19,15 +19,22 @@ import sentencepiece
 import tokenizers
 
 from tinyllama_jax.config import ConfigError, DataError
+from tinyllama_jax.data.long_text import PART_BYTES, encode_in_parts
+from tinyllama_jax.data.tokenizer_backends import (
+    JSON_CONFIG_FILE,
+    JSON_FILE,
+    MODEL_FILE,
+    PROBES,
+    SPACE,
+    JsonBackend,
+    SentencePieceBackend,
+)
 
-MODEL_FILE, JSON_FILE, JSON_CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-SPACE = "\u2581"  # how SentencePiece spells a space.  Written in a text, it is a space too and decodes as one.
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # of a vocabulary trained here, as in Llama
 
 # Training looks at this many lines at most, sampled from all of them, and skips no long line but cuts it.
 SAMPLED_LINES = 4_000_000
 LINE_BYTES = 4192
-LONG_TEXT = 1 << 20  # characters; longer texts are encoded in parts, for SentencePiece needs 50 bytes for each
 
 Marks = Literal["eos", "bos", "both", "none"]
 
@@ -39,7 +46,7 @@ class Tokenizer:
     files: what to copy beside a checkpoint so that `load` finds the same tokenizer there.
     """
 
-    def __init__(self, backend: _SentencePiece | _Json, bos_id: int, eos_id: int, files: tuple[Path, ...]):
+    def __init__(self, backend: SentencePieceBackend | JsonBackend, bos_id: int, eos_id: int, files: tuple[Path, ...]):
         self._backend = backend
         self.vocab_size: int = backend.vocab_size
         self.bos_id, self.eos_id = bos_id, eos_id
@@ -67,7 +74,7 @@ class Tokenizer:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text)
+        return self._ids(text).tolist()
 
     def encode_document(self, text: str, marks: Marks) -> np.ndarray:
         """int32 [tokens]: the text with BOS before and/or EOS after it."""
@@ -75,7 +82,35 @@ class Tokenizer:
             raise ConfigError(f"document_marks is {marks!r}; it must be eos, bos, both or none")
         before = [self.bos_id] if marks in ("bos", "both") else []
         after = [self.eos_id] if marks in ("eos", "both") else []
-        return np.array(before + self.encode(text) + after, np.int32)
+        return np.concatenate([np.array(before, np.int32), self._ids(text), np.array(after, np.int32)])
+
+    def _ids(self, text: str) -> np.ndarray:
+        """int32 [tokens]; a long text in parts, with the same ids."""
+        if len(text) <= PART_BYTES or self._guard is None:
+            return self._backend.encode(text)
+        data = text.replace(SPACE, " ").encode()  # they have the same ids, and now each has one byte
+        guard, guarded = self._guard
+        return encode_in_parts(
+            data,
+            lambda part: self._backend.encode(part.decode()),
+            lambda part: self._backend.encode(guard + part.decode())[guarded:],
+            self._sizes,
+            PART_BYTES,
+        )
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.array([self._backend.piece_bytes(i) for i in range(self.vocab_size)], np.int32)
+
+    @functools.cached_property
+    def _guard(self) -> tuple[str, int] | None:
+        """A character that is in no piece, so that nothing is joined with it: behind it a part of a text is encoded as
+        if nothing were before.  With the number of its own ids; None where texts cannot be encoded in parts."""
+        if not self._backend.plain_bpe:
+            return None
+        used = set().union(*self._backend.all_pieces())
+        guard = next((c for c in "\n\x00\x01\x02\ue000\uf8ff" if c not in used), None)
+        return None if guard is None else (guard, self._backend.encode(guard).size)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; BOS and EOS say nothing, bytes that form no UTF-8 become U+FFFD."""
@@ -88,7 +123,7 @@ class Tokenizer:
         Summed over a document this is its length, plus one where the tokenizer puts a space before every text
         (as SentencePiece vocabularies of the Llama family do).
         """
-        sizes = np.array([self._backend.piece_bytes(i) for i in range(self.vocab_size)], np.int32)
+        sizes = self._sizes.copy()
         sizes[[self.bos_id, self.eos_id]] = 0
         return sizes
 
@@ -99,91 +134,9 @@ class Tokenizer:
             (Path(directory) / standard).write_bytes(file.read_bytes())
 
 
-class _SentencePiece:
-    file_name = MODEL_FILE
-
-    def __init__(self, path: Path):
-        self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        self.vocab_size = self.sp.get_piece_size()
-
-    def encode(self, text: str) -> list[int]:
-        if len(text) <= LONG_TEXT or not self._cuts_at_spaces:
-            return self.sp.encode(text)
-        ids = []
-        for part in _cut_at_spaces(text):
-            ids += self.sp.encode(part)
-        return ids
-
-    @functools.cached_property
-    def _cuts_at_spaces(self) -> bool:
-        """Whether a text may be encoded in parts: no piece crosses from a character into a space, so no merge does,
-        and the space put before each part replaces the one that was cut away."""
-        crossing = re.compile(f"[^{SPACE}]{SPACE}")
-        pieces = (self.sp.id_to_piece(i) for i in range(self.vocab_size))
-        return self.adds_space() and not any(crossing.search(piece) for piece in pieces)
-
-    def adds_space(self) -> bool:
-        return self.sp.encode("a", out_type=str)[0].startswith(SPACE)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.sp.decode(ids)
-
-    def piece_bytes(self, i: int) -> int:
-        if self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i):
-            return 0
-        return 1 if self.sp.is_byte(i) else len(self.sp.id_to_piece(i).replace(SPACE, " ").encode())
-
-
-def _cut_at_spaces(text: str) -> Iterator[str]:
-    """Parts of about LONG_TEXT characters whose join with " " is the text."""
-    start = 0
-    space = re.compile(f"(?<=[^ {SPACE}]) (?=.)", re.DOTALL)  # before the last character: no part is empty
-    while found := space.search(text, start + LONG_TEXT):
-        yield text[start : found.start()]
-        start = found.end()
-    yield text[start:]
-
-
-class _Json:
-    file_name = JSON_FILE
-
-    def __init__(self, path: Path):
-        spec = json.loads(path.read_bytes())
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # "<s>" in a text stays text
-        self.pieces = {i: piece for piece, i in self.tokenizer.get_vocab(with_added_tokens=True).items()}
-        self.vocab_size = max(self.pieces) + 1
-        self.special = {t["id"] for t in spec.get("added_tokens", ()) if t.get("special")}
-        self.added = {t["id"] for t in spec.get("added_tokens", ())}
-        self.byte_fallback = bool(spec["model"].get("byte_fallback"))
-        parts = json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
-        self.byte_level = '"ByteLevel"' in parts  # one character of a piece stands for one byte
-        self.unk = spec["model"].get("unk_token")
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def piece_bytes(self, i: int) -> int:
-        piece = self.pieces.get(i)
-        if piece is None or i in self.special or piece == self.unk:
-            return 0
-        if i in self.added:
-            return len(piece.encode())
-        if self.byte_level:
-            return len(piece)
-        if self.byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            return 1
-        return len(piece.replace(SPACE, " ").encode())
-
-
 def _load_model(cls: type[Tokenizer], path: Path) -> Tokenizer:
     try:
-        backend = _SentencePiece(path)
+        backend = SentencePieceBackend(path)
     except RuntimeError as error:
         raise DataError(f"{path}: not a SentencePiece model; fetch the file again") from error
     bos, eos = backend.sp.bos_id(), backend.sp.eos_id()
@@ -195,7 +148,7 @@ def _load_model(cls: type[Tokenizer], path: Path) -> Tokenizer:
 
 def _load_json(cls: type[Tokenizer], path: Path) -> Tokenizer:
     try:
-        backend = _Json(path)
+        backend = JsonBackend(path)
     except OSError:
         raise
     except Exception as error:  # `tokenizers` raises plain Exception for whatever it cannot parse
@@ -295,7 +248,7 @@ def write_tokenizer_json(model: str | Path, out: str | Path) -> Path:
     """
     model, out = Path(model), Path(out)
     backend = Tokenizer.load(model)._backend
-    if not isinstance(backend, _SentencePiece):
+    if not isinstance(backend, SentencePieceBackend):
         raise DataError(f"{model}: is not a SentencePiece model; a tokenizer.json can be used as it is")
     sp = backend.sp
     ids = range(sp.get_piece_size())
@@ -334,20 +287,10 @@ def write_tokenizer_json(model: str | Path, out: str | Path) -> Path:
     )
     fast.add_special_tokens([tokenizers.AddedToken(sp.id_to_piece(i), normalized=False, special=True) for i in special])
     fast.encode_special_tokens = True
-    for text in (*_PROBES, " ".join(scores).replace(SPACE, " ")):
+    for text in (*PROBES, " ".join(scores).replace(SPACE, " ")):
         if fast.encode(text, add_special_tokens=False).ids != sp.encode(text) or sp.decode(sp.encode(text)) != text:
             raise DataError(f"{model}: is no BPE vocabulary with plain text rules; it has no equal {JSON_FILE}")
     temporary = out.with_name(f".{out.name}.tmp")
     fast.save(str(temporary))
     temporary.replace(out)
     return out
-
-
-# Texts that a vocabulary with other rules (unigram pieces, normalisation, dropped spaces) encodes or decodes otherwise.
-_PROBES = (
-    "",
-    "The quick brown fox jumps over the lazy dog, 1234567890 times.",
-    "  two spaces,\n\n\tand a tab; trailing \n",
-    "\ufb01 \u00bd \u00e9 e\u0301 \u4f60\u597d \U0001f642",
-    "def f(x):\n    return [x ** 2 for _ in range(100)]  # <s> </s> <unk> <0x41>",
-)
