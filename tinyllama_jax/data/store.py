@@ -144,7 +144,7 @@ def _without_manifest(storage: Storage, error: OSError) -> str:
         storage.bytes(PLAN)
     except OSError:
         return f"{storage.root}: is no token store ({MANIFEST}: {error.strerror or error}); make one with prepare"
-    return f"{storage.root}: its preparation is not finished; give the same prepare command again, it goes on"
+    return f"{storage.root}: has no {MANIFEST} yet; give the same prepare command again, it goes on"
 
 
 def _parent(storage: Storage, view_of: dict, cache: str | Path) -> TokenStore:
