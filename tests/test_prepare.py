@@ -203,7 +203,7 @@ def test_finalize_names_what_is_missing(recipe, tmp_path):
     run(frozen, [0, 2])
     with pytest.raises(DataError, match=r"items are not done: 1, 3.*--items 1:"):
         finalize(frozen)
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="no manifest.json yet; give the same prepare command again"):
         TokenStore.open(tmp_path / "store")
 
 

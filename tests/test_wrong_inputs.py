@@ -118,7 +118,8 @@ def test_a_sequence_longer_than_the_text(capsys, tmp_path):
     for name in ("a", "b", "c"):
         shutil.move(tmp_path / f"{name}.txt", tmp_path / "texts" / f"{name}.txt")
     store = tmp_path / "store"
-    assert main(["prepare", f"prose={tmp_path / 'texts'}", "--out", str(store), "--vocab-size", "290"]) == 0
+    words = ["--vocab-size", "290", "--window-tokens", "33"]
+    assert main(["prepare", f"prose={tmp_path / 'texts'}", "--out", str(store), *words]) == 0
     short = ["model.context_tokens=4096", "data.sequence_tokens=4096", "curriculum.basic.batch_tokens=32768"]
     both = ['curriculum.continual={"name":"continual","tokens":32768,"batch_tokens":32768,"mixture":{"prose":1}}']
     both += ['curriculum.cooldown={"name":"cooldown","tokens":32768,"batch_tokens":32768,"mixture":{"prose":1}}']
@@ -293,7 +294,7 @@ def test_a_full_disk(capsys, finished, small_store, tiny_disk, tmp_path):
     workdir = tiny_disk / "run"
     fails(capsys, quick(small_store, workdir), 78, "o space left")
     fails(capsys, ["prepare", "python", "--out", tiny_disk / "store"], 78, "o space left")
-    assert not (tiny_disk / "store").exists()
+    assert not (tiny_disk / "store" / "manifest.json").exists()
     assert not [p for p in tiny_disk.rglob("*") if ".tmp-" in p.name]
     roomy = tmp_path / "run"
     shutil.copytree(workdir, roomy)

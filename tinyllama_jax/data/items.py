@@ -124,6 +124,8 @@ def _fill(
     groups = defaultdict(Counter)
     lengths = defaultdict(lambda: [0] * LONGEST)
     passed = Passed(item, report)
+    source = plan.source(item)
+    before = Counter(source.dropped)
     for place, (given, document) in enumerate(plan.documents(item)):
         data = document.text.encode() if document.tokens is None else document.tokens.astype("<u4").tobytes()
         digest = hashlib.sha256(data).digest()
@@ -154,6 +156,7 @@ def _fill(
         "content_sha256": content.hexdigest(),
         "read": dict(read),
         "removed": dict(sorted(refused.items())),
+        "source_dropped": dict(sorted((source.dropped - before).items())),
         "groups": [[domain, group, dict(n)] for (domain, group), n in sorted(groups.items())],
         "lengths": dict(sorted(lengths.items())),
         "splits": splits,

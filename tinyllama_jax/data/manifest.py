@@ -81,13 +81,14 @@ def _remove_leftovers(frozen: Plan, manifest: dict) -> None:
 
 def _sums(records: list[dict]) -> dict:
     """What the items' records add up to."""
-    read, removed, groups, lengths = Counter(), Counter(), defaultdict(Counter), {}
+    read, removed, source_dropped, groups, lengths = Counter(), Counter(), Counter(), defaultdict(Counter), {}
     domains = sorted({domain for record in records for split in record["splits"].values() for domain in split})
     splits = {split: {domain: Counter() for domain in domains} for split in items.SPLITS}
     listed = {(split, domain): [] for split in items.SPLITS for domain in domains}
     for record in records:
         read.update(record["read"])
         removed.update(record["removed"])
+        source_dropped.update(record["source_dropped"])
         for domain, group, counts in record["groups"]:
             groups[domain, group].update(counts)
         for domain, histogram in record["lengths"].items():
@@ -100,6 +101,7 @@ def _sums(records: list[dict]) -> dict:
     return {
         "read": dict(read),
         "removed": dict(sorted(removed.items())),
+        "source_dropped": dict(sorted(source_dropped.items())),
         "groups": [[domain, group, dict(n)] for (domain, group), n in sorted(groups.items())],
         "lengths": lengths,
         "splits": {

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_jax import __version__, configio
-from tinyllama_jax.config import DataError, Recipe
+from tinyllama_jax.config import ConfigError, DataError, Recipe
 from tinyllama_jax.data import durable, filters, sources
-from tinyllama_jax.data.sources import Document, Input
+from tinyllama_jax.data.sources import Document, Input, Source
 from tinyllama_jax.data.tokenizer import JSON_CONFIG_FILE, JSON_FILE, MODEL_FILE, Tokenizer, train_bpe
 
 PLAN, ITEMS = "plan.json", "items"
@@ -63,6 +63,9 @@ class Plan:
         self.filters = filters.parse(self.recipe.filters)
         self._sources = [sources.parse(spec) for spec in self.recipe.sources]
 
+    def source(self, item: Item) -> Source:
+        return self._sources[item.source]
+
     def key(self, item: Item) -> str:
         """Identifies what the item is made from.  It outlives a new plan in which the item is the same, so that one
         mended file does not undo the work on others."""
@@ -80,7 +83,7 @@ class Plan:
     def documents(self, item: Item) -> Iterator[tuple[Input, Document]]:
         """All documents of an item's inputs.  Raises DataError for what cannot be read, and for an input that has not
         the size that it had when the plan was made."""
-        source = self._sources[item.source]
+        source = self.source(item)
         for given in item.inputs:
             found = source.size(given)
             if found != given.bytes:
@@ -139,6 +142,13 @@ def make(recipe: Recipe, folder: Path, progress: Progress) -> Plan:
     given = [sources.parse(spec) for spec in recipe.sources]
     if recipe.tokenizer:
         Tokenizer.load(recipe.tokenizer)  # a wrong name is said before everything is read
+    for source in given:
+        marks = source.options["marks"] if source.layout == "litpkds" else recipe.document_marks
+        if marks != recipe.document_marks:
+            raise ConfigError(
+                f"{source.spec}: its documents are marked by {marks!r} and the store's by {recipe.document_marks!r}; "
+                f"ask for --document-marks {marks}"
+            )
     record = {
         "format_version": FORMAT_VERSION,
         "created_by": f"tinyllama_jax {__version__}",

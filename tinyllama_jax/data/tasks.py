@@ -37,6 +37,8 @@ def find_duplicates(frozen: Plan, numbers: Sequence[int], processes: int, progre
 
     Raises Unfinished while items beyond `numbers` are not signed.
     """
+    if all(_is_settled(frozen, n) for n in numbers):
+        return
     everything = range(len(frozen.items))
     work(frozen, sign, [n for n in numbers if not _is_signed(frozen, n)], processes, SIGN, progress)
     unsigned = [n for n in everything if not _is_signed(frozen, n)]
@@ -45,10 +47,9 @@ def find_duplicates(frozen: Plan, numbers: Sequence[int], processes: int, progre
             f"{frozen.folder}: {len(unsigned)} of {len(frozen.items)} items are not signed yet, and duplicates are "
             "found among all of them; start this again when the tasks of the other items have signed theirs"
         )
-    if not all(_removals(frozen, n).exists() for n in everything):
-        signed = [_signatures(frozen, n) for n in everything]
-        for number, removed in enumerate(duplicates.removals(signed, frozen.filters, frozen.sha256)):
-            duplicates.write_removals(_removals(frozen, number), removed, frozen.sha256)
+    signed = [_signatures(frozen, n) for n in everything]
+    for number, removed in enumerate(duplicates.removals(signed, frozen.filters, frozen.sha256)):
+        duplicates.write_removals(_removals(frozen, number), removed, frozen.sha256)
 
 
 def sign(state: dict, number: int, report: items.Report) -> None:
@@ -68,6 +69,15 @@ def sign(state: dict, number: int, report: items.Report) -> None:
 
 def _is_signed(frozen: Plan, number: int) -> bool:
     return duplicates.is_signed(_signatures(frozen, number), frozen.sha256)
+
+
+def _is_settled(frozen: Plan, number: int) -> bool:
+    """Whether it is known what is to be removed from the item: in this plan, and not only in one that was before."""
+    try:
+        duplicates.read_removals(_removals(frozen, number), frozen.sha256)
+    except DataError:
+        return False
+    return True
 
 
 def _signatures(frozen: Plan, number: int) -> Path:
