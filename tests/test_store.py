@@ -216,7 +216,7 @@ def test_manifest_that_was_edited_cut_or_removed_is_refused(copy):
         file.write_text(edited)
         assert "manifest.json" in complaint(TokenStore.open, copy)
     file.unlink()
-    assert "not finished" in complaint(TokenStore.open, copy)
+    assert "it goes on" in complaint(TokenStore.open, copy)
     (copy / "plan.json").unlink()
     assert "no token store" in complaint(TokenStore.open, copy)
     assert "no token store" in complaint(TokenStore.open, copy / "none")
