@@ -81,6 +81,7 @@ def make_store(
                 "content_sha256": content.hexdigest(),
                 "read": dict(read),
                 "removed": {"min_chars=1": 1},
+                "source_dropped": {},
                 "groups": [[domain, "", dict(read) | {"tokens": tokens}]],
                 "lengths": {domain: lengths},
             }
@@ -105,6 +106,7 @@ def make_store(
         },
         "read": dict(sum((Counter(record["read"]) for record in records), Counter())),
         "removed": {"min_chars=1": len(records)},
+        "source_dropped": {},
         "groups": [
             [domain, "", _sum(r["groups"][0][2] for r in records if domain in r["lengths"])] for domain in domains
         ],

@@ -32,6 +32,7 @@ def made(tmp_path_factory) -> Path:
     manifest["groups"][:1] = [["tales", "RedPajamaBook", half], ["tales", "RedPajamaC4", rest]]
     manifest["recipe"]["filters"] = ["min_chars=1", "exact_duplicates", "near_duplicates=0.8"]
     manifest["removed"] = {"exact_duplicates": 12, "near_duplicates": 3, "empty": 4}
+    manifest["source_dropped"] = {"slimpajama": 7}
     durable.write_record(path / "manifest.json", manifest)
     return path
 
@@ -53,6 +54,7 @@ def test_numbers_are_those_of_the_manifest_and_of_the_store(made):
             assert said["dropped_tokens"] == store.manifest["splits"][split][domain]["dropped_tokens"]
     assert sum(about["share"] for about in value["domains"].values()) == pytest.approx(1)
     text = "\n".join(lines)
+    assert value["source_dropped"] == {"slimpajama": 7} and "left out by the sources: 7 slimpajama" in text
     assert "left out 12 documents: exact_duplicates" in text and "left out 0 documents: min_chars=1" in text
     assert f"{store.split('train', 'tales').tokens:,}" in text and "source tales" in text and "findings" not in value
     assert value["samples"] == []
@@ -120,8 +122,8 @@ def test_view_shows_its_own_tokens_and_what_it_is_a_view_of(made, tmp_path):
     assert value["view_of"]["path"] == str(made) and value["view_of"]["seed"] == 4
     assert value["domains"]["tales"]["train"]["windows"] == 20 and value["domains"]["tales"]["share"] == 1
     assert [s["domain"] for s in value["samples"]] == ["tales"] * 2  # the other has no window in it
-    assert (
-        any(f"a view of {made}, seed 4" in line for line in lines) and "dropped_tokens" not in value["domains"]["tales"]
+    assert any(f"a view of {made}, seed 4" in line for line in lines) and any(
+        "in the whole store" in line for line in lines
     )
 
 

@@ -15,6 +15,7 @@ import pytest
 from store_cases import documents, flip, make_store, truncate
 
 from tinyllama_jax.data import durable, verify_shard
+from tinyllama_jax.data.duplicates import write_removals
 from tinyllama_jax.data.shards import ShardWriter
 from tinyllama_jax.data.store import TokenStore
 from tinyllama_jax.data.verify import verify
@@ -133,6 +134,7 @@ def rewrite(file: Path, change) -> None:
     [
         ("documents read", lambda m: m["read"].update(documents=5)),
         ("documents removed", lambda m: m["removed"].update({"max_chars=3": 1})),
+        ("what sources left out", lambda m: m["source_dropped"].update(a=1)),
         ("group '' of code", lambda m: m["groups"][1][2].update(tokens=1)),
         ("group 'x' of code", lambda m: m["groups"].append(["code", "x", {"tokens": 1}])),
         ("the lengths in prose", lambda m: m["lengths"]["prose"].append(1)),
@@ -169,6 +171,14 @@ def test_record_that_was_edited_is_found(copy):
     file = copy / "items" / "000001.json"
     file.write_text(file.read_text().replace('"item": 1', '"item": 3'))
     assert one(copy).startswith(f"{file}: was edited or damaged")
+
+
+def test_lists_of_duplicates_are_checked_where_there_are_any(copy):
+    file = copy / "items" / "000001.dup"
+    write_removals(file, {3: "exact_duplicates"}, "0" * 64)
+    assert verify(copy) == []
+    flip(file, 100)
+    assert one(copy) == f"{file}: differs from its checksum"
 
 
 def test_wrong_tokenizer_is_found_though_its_hash_is_in_the_manifest(copy):

@@ -70,6 +70,7 @@ def summary(store: TokenStore) -> dict:
         "tokenizer": {key: tokenizer[key] for key in ("sha256", "vocab_size", "bos_id", "eos_id")},
         "read": origin["read"],
         "removed": _removed(recipe["filters"], origin["removed"]),
+        "source_dropped": origin["source_dropped"],
         "domains": {
             domain: {
                 "share": manifest["splits"]["train"][domain]["tokens"] / trained,
@@ -136,11 +137,13 @@ def _lines(value: dict) -> Iterator[str]:
     yield from (f"  source {source}" for source in value["sources"])
     yield f"  read {read['documents']:,} documents, {read['bytes']:,} bytes of text, in {value['items']:,} items"
     yield from (f"  left out {n:,} documents: {why}" for why, n in value["removed"].items())
+    yield from (f"  left out by the sources: {n:,} {what}" for what, n in value["source_dropped"].items())
     yield ""
     yield from _table(value["domains"])
+    whole = ", in the whole store" if "view_of" in value else ""
     for domain, about in value["domains"].items():
-        yield from _groups(domain, about["groups"])
-        yield from _histogram(domain, about["lengths"])
+        yield from _groups(f"{domain}, by set or language{whole}:", about["groups"])
+        yield from _histogram(f"{domain}, documents by length in tokens{whole}:", about["lengths"])
     for sample in value["samples"]:
         yield ""
         yield (
@@ -167,14 +170,14 @@ def _table(domains: dict[str, dict]) -> Iterator[str]:
             ).rstrip()
 
 
-def _groups(domain: str, groups: dict[str, dict]) -> Iterator[str]:
+def _groups(title: str, groups: dict[str, dict]) -> Iterator[str]:
     """Shares of the sets or languages, of the domain's tokens."""
     if set(groups) <= {""}:
         return
     total = max(1, sum(counts["tokens"] for counts in groups.values()))
     width = max(len(group) for group in groups)
     yield ""
-    yield f"{domain}, by set or language:"
+    yield title
     for group, counts in sorted(groups.items(), key=lambda one: -one[1]["tokens"]):
         yield (
             f"  {group or '-':<{width}} {counts['documents']:>13,} documents {counts['tokens']:>17,} tokens "
@@ -182,12 +185,12 @@ def _groups(domain: str, groups: dict[str, dict]) -> Iterator[str]:
         )
 
 
-def _histogram(domain: str, lengths: list[dict]) -> Iterator[str]:
+def _histogram(title: str, lengths: list[dict]) -> Iterator[str]:
     if not lengths:
         return
     most = max(one["documents"] for one in lengths)
     yield ""
-    yield f"{domain}, documents by length in tokens:"
+    yield title
     for one in lengths:
         bar = "#" * -(-BAR * one["documents"] // most)
         yield f"  {one['from']:>11,} to {one['to']:>11,} {one['documents']:>13,} {bar}"

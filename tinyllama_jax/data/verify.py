@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import numpy as np
 
 from tinyllama_jax.config import DataError, Unfinished
 from tinyllama_jax.data import durable
+from tinyllama_jax.data.columns import CHECKSUM_BYTES
 from tinyllama_jax.data.plan import ITEMS, Progress, silent
 from tinyllama_jax.data.shards import Shard
 from tinyllama_jax.data.splits import size_problem
@@ -102,6 +104,8 @@ class _Verification:
         def read(number: int) -> None:
             try:
                 records[number] = _checked(self.storage, _record(number))
+                if _record(number, ".dup") in self.files:
+                    _check_columns(self.storage, _record(number, ".dup"))
             except DataError as error:
                 findings.append(str(error))
 
@@ -192,20 +196,31 @@ def _checked(storage: Storage, name: str) -> dict:
     return record
 
 
+def _check_columns(storage: Storage, name: str) -> None:
+    """A file as columns.py writes it."""
+    where = storage.where(name)
+    try:
+        data = storage.bytes(name)
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror or error})") from error
+    if hashlib.sha256(data[CHECKSUM_BYTES + 1 :]).hexdigest().encode() != data[:CHECKSUM_BYTES]:
+        raise DataError(f"{where}: differs from its checksum")
+
+
 def _added(records: Iterable[dict]) -> dict[str, object]:
     """What records say together: counts of this and that, lists of shards.  A manifest is one of everything."""
-    sums: dict[str, object] = {"documents read": Counter(), "documents removed": Counter()}
+    sums: dict[str, object] = defaultdict(Counter)
     for record in records:
         sums["documents read"].update(record["read"])
         sums["documents removed"].update(record["removed"])
+        sums["what sources left out"].update(record["source_dropped"])
         for domain, group, counts in record["groups"]:
-            sums.setdefault(f"group {group!r} of {domain}", Counter()).update(counts)
+            sums[f"group {group!r} of {domain}"].update(counts)
         for domain, lengths in record["lengths"].items():
-            sums.setdefault(f"the lengths in {domain}", Counter()).update(dict(enumerate(lengths)))
+            sums[f"the lengths in {domain}"].update(dict(enumerate(lengths)))
         for split, domains in record["splits"].items():
             for domain, entry in domains.items():
-                numbers = {key: n for key, n in entry.items() if key != "shards"}
-                sums.setdefault(f"{split}/{domain}", Counter()).update(numbers)
+                sums[f"{split}/{domain}"].update({key: n for key, n in entry.items() if key != "shards"})
                 sums.setdefault(f"the shards of {split}/{domain}", []).extend(entry["shards"])
     return sums
 
