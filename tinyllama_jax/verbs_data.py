@@ -157,8 +157,8 @@ def _answer_store(args: argparse.Namespace, path: Path) -> None:
             value["domains"][domain][name] = {"documents": split.documents, "tokens": split.tokens, "windows": windows}
             counts = f"{split.documents:>11,} documents {split.tokens:>16,} tokens {windows:>11,} windows"
             lines.append(f"  {domain:<12} {name:<10} {counts}")
-    value["removed"] = store.manifest["removed"]
-    value["source_dropped"] = store.manifest["source_dropped"]
+    value["removed"] = store.manifest.get("removed", {})  # a view has none
+    value["source_dropped"] = store.manifest.get("source_dropped", {})
     left_out = [f"{n:,} {why}" for what in ("removed", "source_dropped") for why, n in value[what].items()]
     if left_out:
         lines.append("  left out: " + ", ".join(left_out))

@@ -11,6 +11,8 @@ A batch depends on the stages up to its own and on nothing later, so editing the
 from __future__ import annotations
 
 import bisect
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,6 +98,15 @@ class Order:
         """Passes over each source before batch `step`, skipped windows included."""
         passed = self._scheduled(step) + self._skips(step)
         return dict(zip(self.sources, (passed / self._windows).tolist(), strict=True))
+
+    def fingerprint(self, step: int) -> str:
+        """Sixteen hex digits that name what batches before `step` hold: the windows consumed of each source, and some
+        of those batches themselves, the last among them.  Part of a checkpoint; another past gives another name."""
+        told = hashlib.sha256(json.dumps([VERSION, step]).encode())
+        for at in sorted({step * part // 4 for part in range(4)} | {step - 1} if step else ()):
+            source, window = self.rows(at)
+            told.update(json.dumps([at, self.counts(at), [self.sources[i] for i in source], window.tolist()]).encode())
+        return told.hexdigest()[:16]
 
     def _scheduled(self, step: int) -> np.ndarray:
         self.plan.tokens_at(step)  # IndexError outside the run

@@ -46,9 +46,6 @@ def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change:
             workdir / "checkpoints", keep_temporary=run.checkpoint.keep_temporary, on_event=checkpoint_event
         )
         store = start.open_store(run, progress)
-        if start.is_finished(run, plan, store, checkpoints, allow_config_change=allow_config_change):
-            start.say(f"{workdir}: finished at step {plan.total_steps}; nothing left to do")
-            return
         pipeline = Pipeline(
             store,
             run.data,
@@ -58,6 +55,9 @@ def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        if start.is_finished(run, plan, store, pipeline.order, checkpoints, allow_config_change=allow_config_change):
+            start.say(f"{workdir}: finished at step {plan.total_steps}; nothing left to do")
+            return
         mesh = make_mesh(run.mesh)
         step.check_batches(run, plan, mesh)
         # Weights and two moments in float32; a new checkpoint is complete before the one it replaces is removed.
@@ -66,7 +66,7 @@ def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change:
             name, reason = attention.choose(run.execution.attention, attention.Call.of(run))
             target = train_state.abstract(run, mesh)
             done, state, how = start.begin(
-                run, plan, store, checkpoints, target, mesh, allow_config_change=allow_config_change
+                run, plan, store, pipeline.order, checkpoints, target, mesh, allow_config_change=allow_config_change
             )
             start.write_json(workdir / "run.json", start.describe(run, plan, store, mesh, experiment))
             tracker = track.Tracker(workdir, run, plan, resume_step=done)
@@ -163,6 +163,7 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
             "fingerprint": configio.fingerprint(run),
             "config": configio.to_dict(run),
             "store": start.store_identity(store),
+            "order": order.fingerprint(at),
             "document_marks": store.manifest["document_marks"],
             "versions": start.versions(),
         }

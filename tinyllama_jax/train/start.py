@@ -14,6 +14,7 @@ import jax
 
 from tinyllama_jax import __version__, configio, flops
 from tinyllama_jax.config import CheckpointError, ConfigError, DataError, Run
+from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.plan import silent
 from tinyllama_jax.data.prepare import prepare
 from tinyllama_jax.data.store import MANIFEST, TokenStore
@@ -54,7 +55,7 @@ def open_store(run: Run, progress=None) -> TokenStore:
     return store
 
 
-def check_resume(run: Run, meta: dict, store: TokenStore, *, allow_config_change: bool) -> list[str]:
+def check_resume(run: Run, meta: dict, store: TokenStore, order: Order, *, allow_config_change: bool) -> list[str]:
     """What differs between this run and the checkpoint it would continue; raises ConfigError unless allowed.
 
     Stages that have not begun at the checkpoint are free to change.
@@ -63,6 +64,8 @@ def check_resume(run: Run, meta: dict, store: TokenStore, *, allow_config_change
     changes = configio.differences(before, configio.identity(run, meta["tokens"]))
     if meta["store"]["manifest_sha256"] != store.manifest_sha256:
         changes.append(f"token store {store.path}: its content is not what the checkpoint was trained on")
+    if not changes and meta["order"] != order.fingerprint(meta["step"]):
+        changes.append("the order of the data: its past batches would be others than those that were trained on")
     if changes and not allow_config_change:
         more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
         raise ConfigError(
@@ -102,22 +105,30 @@ def fork_checkpoint(run: Run, store: TokenStore) -> tuple[Path, dict]:
 
 
 def is_finished(
-    run: Run, plan: Plan, store: TokenStore, checkpoints: Checkpoints, *, allow_config_change: bool
+    run: Run, plan: Plan, store: TokenStore, order: Order, checkpoints: Checkpoints, *, allow_config_change: bool
 ) -> bool:
     """Whether the newest checkpoint is the plan's end; raises ConfigError if it is of another configuration."""
     meta = checkpoints.peek()
     if meta is None:
         return False
-    check_resume(run, meta, store, allow_config_change=allow_config_change)
+    check_resume(run, meta, store, order, allow_config_change=allow_config_change)
     return meta["tokens"] == plan.total_tokens
 
 
 def begin(
-    run: Run, plan: Plan, store: TokenStore, checkpoints: Checkpoints, target: State, mesh, *, allow_config_change: bool
+    run: Run,
+    plan: Plan,
+    store: TokenStore,
+    order: Order,
+    checkpoints: Checkpoints,
+    target: State,
+    mesh,
+    *,
+    allow_config_change: bool,
 ) -> tuple[int, State, str]:
     """(steps done, state, how): the newest good checkpoint, else the fork's parent, else fresh weights."""
     restored = checkpoints.restore(
-        target, accept=lambda meta: check_resume(run, meta, store, allow_config_change=allow_config_change)
+        target, accept=lambda meta: check_resume(run, meta, store, order, allow_config_change=allow_config_change)
     )
     if restored is not None:
         step, state, meta = restored
