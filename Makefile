@@ -5,6 +5,8 @@
 #   make test-aot   of these the compiles for devices alone, without PyTorch
 #   make proof-hf-memory  import and export of 1.1B parameters stay below twice their size: 14 GB of disk, 5 minutes
 #   make proof-preflight  the 1.1B step compiled for six machines that are not here: 15 minutes
+#   make proof-data  a million generated documents, killed ten times on the way: the same store byte for byte; 20 GB
+#   make proof-loader  the loader over 10^8 and 10^9 tokens: speed, start, seek, memory: 3 minutes
 #   make lint | bench | clean
 
 VENV ?= .venv
@@ -25,7 +27,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-aot lint bench proof-hf-memory proof-preflight clean always
+.PHONY: help demo test test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -93,6 +95,12 @@ proof-hf-memory: $(VENV)/.run
 
 proof-preflight: $(VENV)/.aot
 	@$(AOT) benchmarks/proof_preflight.py
+
+proof-data: $(VENV)/.run
+	@$(RUN) benchmarks/proof_data.py --documents 1000000
+
+proof-loader: $(VENV)/.run
+	@$(RUN) benchmarks/proof_loader.py
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -13,8 +13,11 @@ NO_JAX = {"config", "configio", "presets", "flops", "schedules", "lab.chinchilla
 ONE_HOME = {
     "orbax": {"train.checkpoint"},
     "grain": {"data.pipeline"},
-    "tokenizers": {"data.tokenizer"},
-    "sentencepiece": {"data.tokenizer"},
+    **dict.fromkeys(("tokenizers", "sentencepiece"), {"data.tokenizer", "data.tokenizer_backends"}),
+    **dict.fromkeys(("pyarrow", "zstandard", "tensorflow_datasets", "array_record"), {"data.readers"}),
+    "fsspec": {"data.storage"},
+    "datasketch": {"data.duplicates"},
+    "datatrove": {"data.datatrove_adapter"},
     **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.track"}),
 }
 BELOW_TRAIN = {"model", "attention", "loss", "optim", "data", "schedules", "presets", "flops", "sharding"}
