@@ -7,8 +7,6 @@ import functools
 import hashlib
 import json
 import multiprocessing
-import os
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ from tinyllama_jax.data.splits import size_problem
 from tinyllama_jax.data.storage import Storage
 from tinyllama_jax.data.store import MANIFEST, PLAN, TokenStore, check_sha256, parent_path, read_manifest
 from tinyllama_jax.data.tokenizer import Tokenizer
-from tinyllama_jax.data.verify_shard import Counts, check_shard
+from tinyllama_jax.data.verify_shard import Counts, check_shard, end_with_parent
 from tinyllama_jax.data.views import entry_of
 
 VERIFY = "verify"
@@ -232,7 +230,7 @@ def _each(check: Callable, jobs: list[tuple], workers: int) -> Iterator[tuple[in
         yield from ((number, check(*job)) for number, job in enumerate(jobs))
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as pool:
         numbers = {pool.submit(check, *job): number for number, job in enumerate(jobs)}
         try:
             for future in concurrent.futures.as_completed(numbers):
@@ -241,13 +239,3 @@ def _each(check: Callable, jobs: list[tuple], workers: int) -> Iterator[tuple[in
             raise Unfinished("a worker process was killed (by the system, if memory ran out); start again") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

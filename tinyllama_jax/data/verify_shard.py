@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +26,16 @@ class Counts(NamedTuple):
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def end_with_parent() -> None:
+    """Of a worker: it would wait for work for ever when its parent was killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def check_shard(

@@ -26,7 +26,7 @@ from tinyllama_jax.data.splits import Split, view_keys
 from tinyllama_jax.data.store import FORMAT_VERSION, MANIFEST, TokenStore
 
 COPIED = ("recipe", "window_tokens", "packing", "dtype", "document_marks", "tokenizer")  # from the store's manifest
-CHUNK = 1 << 18  # window ids computed at once
+CHUNK = 1 << 16  # window ids computed at once
 
 
 def make_view(store: TokenStore, tokens: dict[str, int] | int, out: str | Path, *, seed: int) -> Path:
@@ -64,12 +64,10 @@ def make_view(store: TokenStore, tokens: dict[str, int] | int, out: str | Path, 
             },
         },
     }
-    try:
+    with durable.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         durable.write_record(out / MANIFEST, manifest)
         durable.sync_folder(out.parent)
-    except OSError as error:
-        raise DataError(f"{out}: the view cannot be written: {error.strerror}; name another --out") from error
     return out
 
 
