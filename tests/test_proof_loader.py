@@ -1,0 +1,64 @@
+"""The proof of the loader at a hundredth of its size: every claim but the speed, of which only the order is asked."""
+
+# ruff: noqa: E402  (benchmarks/ is a folder of programs, put on the path first)
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import proof_loader
+
+from tinyllama_jax.data.store import TokenStore
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    return tmp_path_factory.mktemp("loader")
+
+
+@pytest.fixture(scope="module")
+def results(stores):
+    return proof_loader.prove(stores, (10**6, 10**7), seconds=1, rounds=3)
+
+
+@pytest.mark.slow
+def test_the_claims_hold(results):
+    assert proof_loader.failures(results, speed=10e6) == []
+    assert [found["stored_tokens"] for found in results.values()] == [pytest.approx(n, rel=0.01) for n in (1e6, 1e7)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("speed", "tokens_per_processor_s"), 9e6, "9.0 million tokens a second"),
+        (("cold", "first_batch_s"), 2.1, "first batch took 2.1 s"),
+        (("seek", "batch_999999_s"), 60.0, "later batch took 60.000 s"),
+    ],
+)
+def test_a_claim_that_fails_is_named(results, path, value, message):
+    worse = copy.deepcopy(results)
+    worse["1e+07"][path[0]][path[1]] |= {"median": value, "min": value}
+    (failed,) = proof_loader.failures(worse, speed=10e6)
+    assert failed.startswith("1e+07") and message in failed
+    worse = copy.deepcopy(results)
+    worse["1e+06"]["memory"]["peak_resident_bytes"] += 20 << 20
+    (failed,) = proof_loader.failures(worse, speed=10e6)
+    assert "memory differs by" in failed
+
+
+def test_the_store_is_a_real_one_with_holes_for_tokens(tmp_path):
+    opened = TokenStore.open(proof_loader.make_store(tmp_path, 10**6))
+    for domain, share in proof_loader.SHARES.items():
+        split = opened.split("train", domain)
+        assert split.tokens == split.windows(2049) * 2049 == pytest.approx(share * 1e6, rel=0.01)
+        windows = split.read(np.arange(split.windows(2049)), 2049)  # every one against its checksum
+        assert not windows.tokens_NT.any() and (windows.used_N == 2049).all()
+        assert windows.documents_NT.max() > 2 and windows.documents_NT.dtype == np.int32
+    held = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*.bin"))
+    assert held < 100_000 < sum(path.stat().st_size for path in tmp_path.rglob("*.bin"))
