@@ -16,6 +16,7 @@ from store_cases import documents, flip, make_store
 
 from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data import durable, views
+from tinyllama_jax.data.prepare import prepare
 from tinyllama_jax.data.store import TokenStore
 from tinyllama_jax.data.views import in_proportion, make_view
 
@@ -258,3 +259,8 @@ def test_making_and_reading_take_memory_that_the_number_of_ids_does_not_decide(s
     assert (make_view(store, 4000, tmp_path / "b", seed=5) / "manifest.json").read_bytes() == (
         a / "manifest.json"
     ).read_bytes()
+
+
+def test_prepare_does_not_take_a_view_for_the_store_of_its_recipe(recipe, tmp_path):
+    view = make_view(TokenStore.open(prepare(recipe, tmp_path / "store")), 100, tmp_path / "view", seed=0)
+    assert "is a view" in complaint(prepare, recipe, view)

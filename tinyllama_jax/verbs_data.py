@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from tinyllama_jax.config import Recipe, UsageError
+from tinyllama_jax.config import DataError, Recipe, UsageError
 from tinyllama_jax.terminal import Progress, answer
 
 
@@ -95,12 +95,15 @@ def is_store(path: str) -> bool:
 
 def inspect_store(args: argparse.Namespace) -> None:
     from tinyllama_jax.data.describe import describe
+    from tinyllama_jax.data.storage import REMEDY
 
     with Progress() as progress:
         value, lines = describe(
             args.what, samples=args.samples, seed=args.seed, verify=args.verify, workers=_cores(), progress=progress
         )
     answer(args, value, lines)
+    if value.get("findings"):
+        raise DataError(f"{args.what}: {len(value['findings'])} things are wrong; {REMEDY}")
 
 
 def count(text: str) -> int:

@@ -92,6 +92,8 @@ def _complete(recipe: Recipe, out: Path) -> bool:
     if not (out / store.MANIFEST).exists():
         return False
     manifest = store.TokenStore.open(out).manifest
+    if "view_of" in manifest:
+        raise DataError(f"{out}: is a view of another store; name another --out")
     _require_same(recipe, configio.from_dict(Recipe, manifest["recipe"]), out)
     if recipe.tokenizer and Path(recipe.tokenizer).exists():
         wanted, found = Tokenizer.load(recipe.tokenizer).sha256, manifest["tokenizer"]["sha256"]

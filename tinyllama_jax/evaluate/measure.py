@@ -11,7 +11,7 @@ import numpy as np
 from tinyllama_jax import configio
 from tinyllama_jax.config import ConfigError, DataError, Execution, Mesh, Run
 from tinyllama_jax.data.pipeline import Pipeline, valid_targets
-from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.data.store import MANIFEST, TokenStore
 from tinyllama_jax.evaluate import ngram
 from tinyllama_jax.evaluate.corpus import text_windows
 from tinyllama_jax.evaluate.loss import HeldOut, Validator, held_out
@@ -88,7 +88,7 @@ def _windows(
         return held_out(store, window_tokens, sequences), store
     windows: HeldOut = {}
     for source in corpus:
-        if (Path(source) / "manifest.json").is_file():
+        if "://" in source or (Path(source) / MANIFEST).is_file():
             store = TokenStore.open(source)
             if store.manifest["tokenizer"]["sha256"] != loaded.tokenizer().sha256:
                 raise DataError(f"{source} was made with another tokenizer than that of {loaded.path}")
