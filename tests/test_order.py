@@ -74,7 +74,7 @@ def test_permutation_stays_inside_huge_sizes():
     assert out.min() >= 0 and out.max() < size and len(np.unique(out)) == 1000 and out.std() > size / 5
 
 
-@pytest.mark.parametrize("size", [2**20, 10_000_019, 464_000_000])
+@pytest.mark.parametrize("size", [2**20, 10_000_019, 463_600_000])
 def test_shuffle_quality(size):
     """60k draws: neighbours do not correlate, and 64 bins fill as a random draw would."""
     draws = 60_000
@@ -178,14 +178,14 @@ def random_curriculum(rng, sources):
     return tuple(stages)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(2, 9))
 def test_no_source_strays_a_window_from_its_share_at_any_row_of_ramps(seed, sources):
     o = order(random_curriculum(np.random.default_rng(seed), sources), {f"s{i}": 1000 for i in range(sources)})
     assert deviation(o) < 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(0.00001, 1), min_size=2, max_size=12), st.integers(1, 40))
 def test_no_source_strays_a_window_from_its_share_at_any_row_of_a_constant_mixture(weights, batch):
     mixture = {f"s{i}": weight for i, weight in enumerate(weights)}
@@ -199,21 +199,43 @@ MIXTURES = {
     "a large one and many small ones": {"large": 1.0} | {f"small{i:02d}": 1e-5 * (1 + i % 3) for i in range(30)},
     "forty alike": {f"s{i:02d}": 1.0 for i in range(40)},
     "falling by half": {f"s{i:02d}": 0.5**i for i in range(16)},
+    "falling by two thirds, to one window in a million": {f"s{i:02d}": 0.3**i for i in range(12)},
+    "one rare, thirty hardly there": {"large": 1.0, "rare": 2e-4} | {f"tiny{i:02d}": 1e-7 for i in range(30)},
 }
 
 
 @pytest.mark.parametrize("weights", MIXTURES.values(), ids=MIXTURES)
 def test_every_prefix_of_a_million_draws_keeps_every_share_to_a_window(weights):
-    o = order((stage("x", 1024, 1024, weights),), dict.fromkeys(weights, 10**6))
-    share = np.array([weights[name] for name in o.sources]) / sum(weights.values())
-    count, worst = np.zeros(len(share)), 0.0
-    for step in range(1024):
+    assert largest_distance(weights, 0, 1 << 20) < 1 + 2**-20
+
+
+@pytest.mark.parametrize("name", ["TinyLlama v1.1", "a large one and many small ones", "falling by half"])
+def test_and_so_do_draws_after_the_first_billion(name):
+    assert largest_distance(MIXTURES[name], 10**9, 1 << 17) < 1 + 2**-10
+
+
+def largest_distance(weights, start, draws):
+    """Of any source's draws from what it is due, at any prefix; shares are rounded to multiples of 2**-40."""
+    rows, worst = 1 << 14, 0.0
+    first = start // rows
+    o = order((stage("x", (start + draws) // rows, rows, weights),), dict.fromkeys(weights, 10**9))
+    count = np.array(list(o.counts(first).values()))
+    for step in range(first, (start + draws) // rows):
         source, _ = o.rows(step)
-        running = count + np.cumsum(source[:, None] == np.arange(len(share)), axis=0)
-        due = (np.arange(1, 1025)[:, None] + step * 1024) * share
-        worst, count = max(worst, np.abs(running - due).max()), running[-1]
-    assert worst < 1
-    assert o.counts(1024) == dict(zip(o.sources, count.astype(int).tolist(), strict=True))
+        drawn = np.arange(1, rows + 1) + step * rows
+        for index, name in enumerate(o.sources):
+            running = count[index] + np.cumsum(source == index, dtype=np.int32)
+            worst = max(worst, np.abs(running - drawn * (weights[name] / sum(weights.values()))).max())
+            count[index] = running[-1]
+    assert list(o.counts((start + draws) // rows).values()) == count.tolist()
+    return worst
+
+
+def test_a_short_phase_with_a_rare_source_is_walked_only_as_far_as_it_goes():
+    started = time.perf_counter()
+    o = order(tuple(stage(str(i), 50, 8, {"slim": 1.0, "star": 3e-6}) for i in range(5)))
+    assert o.counts(250)["slim"] + o.counts(250)["star"] == 2000
+    assert time.perf_counter() - started < 5  # 0.3 s on an idle core; all frames to their ends would take 5
 
 
 def test_the_ramp_of_tinyllama_v1_1_follows_its_formula():
@@ -288,8 +310,8 @@ def test_block_shuffle_is_a_permutation(size, block, epoch):
 
 def test_block_shuffle_reads_in_runs_and_still_mixes():
     size, block = 1_000_003, 64
-    o = Order(Plan((stage("x", 1024, 256, {"s": 1.0}),), SEQUENCE), {"s": size}, 1, block_windows=block)
-    windows = np.concatenate([o.rows(step)[1] for step in range(1024)])
+    o = Order(Plan((stage("x", 256, 256, {"s": 1.0}),), SEQUENCE), {"s": size}, 1, block_windows=block)
+    windows = np.concatenate([o.rows(step)[1] for step in range(256)])
     assert len(np.unique(windows)) == windows.size
     span = np.sort(windows[: block * SHUFFLED_BLOCKS])
     assert np.sum(np.diff(span) != 1) < SHUFFLED_BLOCKS  # a thousand windows from sixteen places

@@ -5,9 +5,10 @@ source within one draw of its due: the j-th draw of a source may come once more 
 when j are.  Serving the earliest deadline first meets these windows whenever they can be met (Liu and Layland, 1973;
 that they can be is R. Tijdeman's theorem on the chairman assignment problem, 1980).
 
-That rule walks, and an order must be entered anywhere.  So a phase is cut into frames of about FRAME draws.  Their
-borders need no past: among BORDER_CHOICES neighbouring draws the one is taken where all dues are nearly whole numbers,
-and the counts there are the dues, rounded.  Inside a frame, the rule walks from border to border.
+That rule walks, and an order must be entered anywhere.  So a phase is cut into frames, as long as it takes until every
+source is due FEW draws, within limits.  Their borders need no past: among BORDER_CHOICES neighbouring draws the one is
+taken where all dues are nearly whole numbers, and the counts there are the dues, rounded.  Inside a frame, the rule
+walks from border to border.
 
 A phase never looks beyond its end: shares that change later leave the draws before as they were.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,9 +25,11 @@ import numpy as np
 # Shares are multiples of 2**-40: rounding them adds up to less than a hundredth of a draw in 10**9, and what is due
 # in a frame fits into int64.
 ONE = 1 << 40
-FRAME = 16384
+FEW = 4
+SHORTEST_FRAME, LONGEST_FRAME = 1 << 14, 1 << 20  # draws
+STRIDE = 4096  # draws that are walked at a time; each takes about a microsecond
 BORDER_CHOICES = 256
-CACHED_FRAMES = 16
+CACHED_FRAMES = 4
 
 
 class Phase:
@@ -45,7 +49,9 @@ class Phase:
             self._due.append([due + draws * share for due, share in zip(self._due[-1], shares, strict=True)])
         self._piece_starts = np.array(self._starts[:-1], np.int64)
         self._shares = np.array([shares for _, shares in pieces], np.int64)  # [pieces, n]
-        self._frame = functools.lru_cache(maxsize=CACHED_FRAMES)(self._walk)
+        rarest = int(self._shares.max(axis=0).min())
+        self._length = min(max(SHORTEST_FRAME, 1 << (FEW * ONE // rarest).bit_length()), LONGEST_FRAME)
+        self._frame = functools.lru_cache(maxsize=CACHED_FRAMES)(self._make_frame)
         self._border = functools.lru_cache(maxsize=CACHED_FRAMES)(self._choose_border)
 
     def due(self, draw: int) -> list[int]:
@@ -56,84 +62,115 @@ class Phase:
 
     def counts(self, draw: int) -> np.ndarray:
         """Draws of each source among the first `draw`: int64 [n]."""
-        start, counts, sources = self._frame(self._frame_of(draw))
-        return counts + np.bincount(sources[: draw - start], minlength=self.n)
+        frame = self._frame(self._frame_of(draw))
+        return frame.before + np.bincount(frame.sources(frame.start, draw), minlength=self.n)
 
     def sources(self, start: int, stop: int) -> np.ndarray:
         """The source of each of the draws start:stop: int64 [stop - start]."""
-        parts = []
+        parts = [np.empty(0, np.int64)]
         while start < stop:
-            frame_start, _, sources = self._frame(self._frame_of(start))
-            parts.append(sources[start - frame_start : stop - frame_start])
+            frame = self._frame(self._frame_of(start))
+            parts.append(frame.sources(start, min(stop, frame.stop)))
             start += len(parts[-1])
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return np.concatenate(parts)
 
     def _piece(self, draw: int) -> int:
         return int(np.searchsorted(self._piece_starts, draw, "right")) - 1
 
     def _frame_of(self, draw: int) -> int:
-        frame = draw // FRAME
+        frame = draw // self._length
         return frame - 1 if draw < self._border(frame)[0] else frame
-
-    def _accrued(self, start: int, draws: int) -> np.ndarray:
-        """What falls due in each source after 1, 2, ... draws from `start`: int64 [draws, n]."""
-        piece = np.searchsorted(self._piece_starts, np.arange(start, start + draws), "right") - 1
-        return np.cumsum(self._shares[piece], axis=0)
 
     def _choose_border(self, frame: int) -> tuple[int, np.ndarray]:
         """(draw, counts there) of the border before a frame."""
         if frame == 0:
             return 0, np.zeros(self.n, np.int64)
-        first = frame * FRAME
+        first = frame * self._length
         whole, part = np.array([divmod(due, ONE) for due in self.due(first)], np.int64).T
-        due = part + np.concatenate(
-            [np.zeros_like(part)[None], self._accrued(first, BORDER_CHOICES - 1)]
-        )  # beyond whole
+        piece = np.searchsorted(self._piece_starts, np.arange(first, first + BORDER_CHOICES - 1), "right") - 1
+        due = np.cumsum(np.concatenate([part[None], self._shares[piece]]), axis=0)  # beyond whole
         total = first - whole.sum() + np.arange(BORDER_CHOICES)
-        counts = _rounded(due, -whole, total, self._shares[self._piece(first)])
+        rare = self._shares[self._piece(first)] * self._length < FEW * ONE
+        rare[np.argmax(self._shares[self._piece(first)])] = False
+        counts = _rounded(due, -whole, total, rare)
         best = int(np.argmin(np.abs(counts * ONE - due).max(axis=1)))
         return first + best, whole + counts[best]
 
-    def _walk(self, frame: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """(first draw, counts before it, source of each draw) of a frame."""
-        (start, before), (stop, after) = self._border(frame), self._border(frame + 1)
-        accrued = self._accrued(start, stop - start)
-        jobs = []
+    def _make_frame(self, number: int) -> _Frame:
+        (start, before), (stop, after) = self._border(number), self._border(number + 1)
+        first, last = self._piece(start), self._piece(stop - 1)
+        edges = np.clip(np.append(self._piece_starts[first : last + 1], stop), start, stop) - start
+        shares = self._shares[first : last + 1]
+        accrued = np.concatenate([np.zeros((1, self.n), np.int64), np.cumsum(np.diff(edges)[:, None] * shares, axis=0)])
+        releases, jobs = [], []
         for source, due in enumerate(self.due(start)):
-            wanted = np.arange(after[source] - before[source])  # 0 = the next draw of this source
-            offset = due - int(before[source]) * ONE
-            release = np.searchsorted(accrued[:, source], wanted * ONE - offset, "right")
-            deadline = np.searchsorted(accrued[:, source], (wanted + 1) * ONE - offset, "left")
-            jobs.append(np.stack([release, deadline, np.full(wanted.size, source)]))
-        release, deadline, source = np.concatenate(jobs, axis=1)
+            # Draw 0, 1, ... of this source from here on.
+            wanted = np.arange(after[source] - before[source] + 1) * ONE + (int(before[source]) * ONE - due)
+            line = edges, accrued[:, source], shares[:, source]
+            releases.append(_slot(wanted[:-1] + 1, *line))
+            jobs.append(_slot(wanted[1:], *line) * self.n + source)
+        release = np.concatenate(releases)
         order = np.argsort(release, kind="stable")
-        waiting = list(zip(deadline[order].tolist(), source[order].tolist(), strict=True))
-        released = np.searchsorted(release[order], np.arange(stop - start), "right").tolist()
-        heap: list[tuple[int, int]] = []
-        drawn, taken = np.empty(stop - start, np.int64), 0
-        for slot, known in enumerate(released):
-            # Where the phase before left more owed than one draw each, a slot may find nobody due: then the next.
-            known = max(known, slot + 1)
-            while taken < known:
-                heapq.heappush(heap, waiting[taken])
-                taken += 1
-            drawn[slot] = heapq.heappop(heap)[1]
-        return start, before, drawn
+        return _Frame(start, stop, before, release[order], np.concatenate(jobs)[order])
 
 
-def _rounded(due: np.ndarray, least: np.ndarray, total: np.ndarray, shares: np.ndarray) -> np.ndarray:
+class _Frame:
+    """The draws from one border to the next, walked as far as was asked for.
+
+    release [draws]: slots from which on draws are possible, ascending; jobs [draws]: their deadline times n plus their
+    source.
+    """
+
+    def __init__(self, start: int, stop: int, before: np.ndarray, release: np.ndarray, jobs: np.ndarray):
+        self.start, self.stop, self.before = start, stop, before
+        self._release, self._jobs = release, jobs
+        self._drawn = np.empty(stop - start, np.int64)
+        self._walked, self._taken = 0, 0
+        self._heap: list[int] = []
+        self._lock = threading.Lock()  # batches are read ahead in another thread than the one that counts them
+
+    def sources(self, start: int, stop: int) -> np.ndarray:
+        with self._lock:
+            while self._walked < stop - self.start:
+                self._walk()
+        return self._drawn[start - self.start : stop - self.start]
+
+    def _walk(self) -> None:
+        slots = np.arange(self._walked, min(self._walked + STRIDE, self._drawn.size))
+        # Where the phase before left more owed than one draw each, a slot may find nobody due: then the next.
+        released = np.maximum(np.searchsorted(self._release, slots, "right"), slots + 1)
+        jobs, taken, drawn = self._jobs[self._taken : released[-1]].tolist(), 0, []
+        for known in (released - self._taken).tolist():
+            for job in jobs[taken:known]:
+                heapq.heappush(self._heap, job)
+            taken = max(taken, known)
+            drawn.append(heapq.heappop(self._heap))
+        self._drawn[slots] = np.array(drawn) % self.before.size
+        self._walked, self._taken = self._walked + slots.size, int(released[-1])
+
+
+def _slot(due: np.ndarray, edges: np.ndarray, accrued: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The slots [N] behind which at least `due` [N] has accrued; the end where it never does.
+
+    edges and accrued [pieces + 1]: slots where shares [pieces] change, and what has accrued there.
+    """
+    piece = np.minimum(np.searchsorted(accrued[1:], due), shares.size - 1)
+    draws = edges[piece] - -(due - accrued[piece]) // np.maximum(shares[piece], 1)
+    draws[due > accrued[-1]] = edges[-1] + 1
+    return np.maximum(draws, 1) - 1
+
+
+def _rounded(due: np.ndarray, least: np.ndarray, total: np.ndarray, rare: np.ndarray) -> np.ndarray:
     """Dues [choices, n] rounded to integers of at least `least` [n] that add up to `total` [choices].
 
-    Sources that are due at least a few draws per frame take the remainder, those with the largest fractions first.
-    Counts must not fall from one border to the next, so those of the other sources depend on nothing but their own
-    due; their thresholds are spread, lest many of them are rounded up at once.
+    Sources that are not rare take the remainder, those with the largest fractions first.  Counts must not fall from
+    one border to the next, so those of rare sources depend on nothing but their own due; their thresholds are spread,
+    lest many of them are rounded up at once.
     """
-    small = shares * FRAME < 4 * ONE
-    small[np.argmax(shares)] = False
-    large = np.flatnonzero(~small)
+    large = np.flatnonzero(~rare)
     counts = due // ONE
-    spread = (2 * np.arange(small.sum()) + 1) * ONE // max(2 * int(small.sum()), 1)
-    counts[:, small] = np.maximum((due[:, small] + spread) // ONE, least[small])
+    spread = (2 * np.arange(rare.sum()) + 1) * ONE // max(2 * int(rare.sum()), 1)
+    counts[:, rare] = np.maximum((due[:, rare] + spread) // ONE, least[rare])
     each, extra = np.divmod(total - counts.sum(axis=1), large.size)
     rank = np.argsort(np.argsort(-(due[:, large] % ONE), axis=1, kind="stable"), axis=1)
     counts[:, large] += each[:, None] + (rank < extra[:, None])
