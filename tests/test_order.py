@@ -1,10 +1,21 @@
+# ruff: noqa: E402  (benchmarks/ is a folder of programs, put on the path first)
+
+import json
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import lines
+import ramp
+
+from experiments.tinyllama import v1_1_math_code
 from tinyllama_jax.config import ConfigError, Stage
 from tinyllama_jax.data.order import SHUFFLED_BLOCKS, Order, _in_blocks
 from tinyllama_jax.data.permutation import ROUNDS, permute, round_keys
@@ -238,26 +249,17 @@ def test_a_short_phase_with_a_rare_source_is_walked_only_as_far_as_it_goes():
     assert time.perf_counter() - started < 5  # 0.3 s on an idle core; all frames to their ends would take 5
 
 
-def test_the_ramp_of_tinyllama_v1_1_follows_its_formula():
-    """Raw weights move from 75:0:0 to 75:15:10 over 6e9 tokens; a share is the integral of w / (75 + 25 u)."""
-    batch, weights = 1_835_008, {"slim": 75.0, "star": 15.0, "proof": 10.0}
-    run = Stage(
-        name="two",
-        tokens=8 * 10**9,
-        batch_tokens=batch,
-        mixture=weights,
-        ramp_tokens=6 * 10**9,
-        ramp_from={"slim": 75.0},
-    )
-    o = Order(Plan((run,), 2048), {"slim": 10**8, "star": 10**8, "proof": 10**8}, 1)
-    ramp = 6 * 10**9 / 2048  # windows
-    for step in range(0, o.plan.total_steps + 1, 37):
-        n = step * batch / 2048
-        u = min(n / ramp, 1.0)
-        slim = ramp * 3 * np.log1p(u / 3) + max(n - ramp, 0) * 0.75
-        due = {"slim": slim, "star": (n - slim) * 0.6, "proof": (n - slim) * 0.4}
-        for name, count in o.counts(step).items():
-            assert abs(count - due[name]) <= 1, (step, name, count - due[name])
+def test_the_ramp_of_v1_1_math_code_follows_its_formula_at_every_row():
+    """Every sixth batch here; all of them are in benchmarks/results/ramp_v1_1_math_code.json."""
+    found = ramp.measure(v1_1_math_code(), every=6)
+    assert found.tokens_S[0] == 1_835_008 and found.tokens_S[-1] > 5.99e9 and len(found.tokens_S) == 545
+    assert found.low_SN.min() > -ramp.ALLOWED and found.high_SN.max() < ramp.ALLOWED
+    assert found.high_SN.max() > 0.5 and found.low_SN.min() < -0.5  # rounding to whole windows is seen
+    rows = 896
+    assert np.abs(found.share_SN - found.formula_SN).max() < 2 / rows
+    assert found.formula_SN[-1] == pytest.approx([0.75, 0.15, 0.1], abs=1e-3)
+    recorded = json.loads((lines.RESULTS / "ramp_v1_1_math_code.json").read_text())
+    assert recorded["batches"] == 3270 and max(recorded["farthest_from_due_windows"].values()) <= ramp.ALLOWED
 
 
 def test_counts_and_epochs():
