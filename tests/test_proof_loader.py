@@ -23,7 +23,7 @@ def stores(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(stores):
-    return proof_loader.prove(stores, (10**6, 10**7), seconds=1, rounds=3)
+    return proof_loader.prove(stores, (10**6, 10**7), runs=1, seconds=1, rounds=5)
 
 
 @pytest.mark.slow
