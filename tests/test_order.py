@@ -339,6 +339,23 @@ def test_editing_the_future_does_not_move_the_past():
             assert named_rows(edited, step) == named_rows(past, step)
 
 
+def test_the_fingerprint_knows_the_past_and_nothing_else():
+    past = order().fingerprint(20)
+    longer = (*CURRICULUM[:2], stage("three", 60, 16, {"slim": 90.0}, ramp_steps=2))
+    assert order(longer).fingerprint(20) == past
+    first = stage("one", 7, 8, {"slim": 75.0, "star": 1.0})
+    others = [
+        order(seed=2),
+        order(windows=WINDOWS | {"star": 18}),
+        order((first, *CURRICULUM[1:])),
+        order_skipping((12, 15)),
+        Order(Plan(CURRICULUM, SEQUENCE), WINDOWS, 1, block_windows=4),
+    ]
+    assert len({past, order().fingerprint(19), *(other.fingerprint(20) for other in others)}) == 2 + len(others)
+    assert order_skipping((20, 25)).fingerprint(20) == past  # from there on it is another one
+    assert order_skipping((20, 25)).fingerprint(21) != order().fingerprint(21)
+
+
 def test_adding_or_renaming_a_source_keeps_the_order_within_the_others():
     def consumed(o, name):
         rows = [row for step in range(o.plan.total_steps) for row in named_rows(o, step)]

@@ -100,12 +100,15 @@ class Order:
         return dict(zip(self.sources, (passed / self._windows).tolist(), strict=True))
 
     def fingerprint(self, step: int) -> str:
-        """Sixteen hex digits that name what batches before `step` hold: the windows consumed of each source, and some
-        of those batches themselves, the last among them.  Part of a checkpoint; another past gives another name."""
-        told = hashlib.sha256(json.dumps([VERSION, step]).encode())
+        """Sixteen hex digits that name what batches before `step` hold: the windows there are of each source drawn so
+        far and the number consumed, and some of those batches themselves, the last among them.  Part of a checkpoint;
+        another past gives another name, and a source of the future alone none."""
+        drawn = {name: n for name, n in self.counts(step).items() if n}
+        windows = {name: int(self._windows[self.sources.index(name)]) for name in drawn}
+        told = hashlib.sha256(json.dumps([VERSION, step, drawn, windows]).encode())
         for at in sorted({step * part // 4 for part in range(4)} | {step - 1} if step else ()):
             source, window = self.rows(at)
-            told.update(json.dumps([at, self.counts(at), [self.sources[i] for i in source], window.tolist()]).encode())
+            told.update(json.dumps([at, [self.sources[i] for i in source], window.tolist()]).encode())
         return told.hexdigest()[:16]
 
     def _scheduled(self, step: int) -> np.ndarray:
