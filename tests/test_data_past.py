@@ -6,8 +6,14 @@ import shutil
 import pytest
 from quick_experiment import quick_command
 
+from tinyllama_jax import configio
 from tinyllama_jax.cli import main
+from tinyllama_jax.config import Run
 from tinyllama_jax.data import order
+from tinyllama_jax.data.pipeline import Pipeline
+from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.data.views import make_view
+from tinyllama_jax.schedules import Plan
 from tinyllama_jax.train import checkpoint
 
 
@@ -58,10 +64,26 @@ def test_another_future_is_accepted(half, small_store, finished):
     settings = ("data.skip_ranges=[[9,11]]", 'curriculum.cooldown.mixture={"prose":0.9,"code":0.1}')
     assert main(quick_command(small_store, half, *settings)) == 0
     now = losses(half)
-    assert now[:8] == whole[:8] and len(now) == len(whole) and all(a != b for a, b in zip(now[8:], whole[8:]))
+    assert now[:8] == whole[:8] and len(now) == len(whole) and all(a != b for a, b in zip(now[8:], whole[8:], strict=True))
 
 
 def test_skipped_batches_move_what_follows_and_nothing_else(half, small_store, finished):
     assert main(quick_command(small_store, half, "data.skip_ranges=[[9,11]]")) == 0
     now, whole = losses(half), losses(finished)
     assert now[:9] == whole[:9] and now[9] != whole[9]
+
+
+def test_resuming_between_epochs_of_a_view_is_exact(small_store, tmp_path):
+    """A view of 40 windows is passed several times in 128; the run is taken up again in the middle of a pass."""
+    view = make_view(TokenStore.open(small_store), {"prose": 24 * 33, "code": 16 * 33}, tmp_path / "view", seed=1)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert main(quick_command(view, whole)) == 0
+    run = configio.from_dict(Run, json.loads((whole / "run.json").read_text())["config"])
+    pipeline = Pipeline(TokenStore.open(view), run.data, Plan(run.curriculum, 32), run.seed, vocab_size=512)
+    assert 1 < pipeline.order.epoch(4)["prose"] < 2 < pipeline.order.epoch(16)["prose"]
+    shutil.copytree(whole, again)
+    for path in (again / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > 4:
+            shutil.rmtree(path)
+    assert main(quick_command(view, again)) == 0
+    assert losses(again) == losses(whole) and len(losses(whole)) == 16

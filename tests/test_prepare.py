@@ -1,7 +1,9 @@
 """prepare: what comes out, the same whoever makes it and in whatever pieces."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -207,20 +209,28 @@ def test_finalize_names_what_is_missing(recipe, tmp_path):
         TokenStore.open(tmp_path / "store")
 
 
+DATATROVE = """
+import sys
+from datatrove.executor.local import LocalPipelineExecutor
+from tinyllama_jax.data.datatrove_adapter import PrepareItems
+
+if __name__ == "__main__":
+    store, log = sys.argv[1:]
+    done = LocalPipelineExecutor([PrepareItems(store)], tasks=3, workers=2, logging_dir=log).run().stats[0].stats
+    print("items", done["items"].total, "documents", done["documents"].total)
+"""
+
+
 def test_datatrove_runs_the_items(recipe, tmp_path):
-    from datatrove.executor.local import LocalPipelineExecutor
-
-    from tinyllama_jax.data.datatrove_adapter import PrepareItems
-
     whole = content(prepare(recipe, tmp_path / "a"))
     frozen = freeze(recipe, tmp_path / "b")
-    stats = LocalPipelineExecutor(
-        [PrepareItems(tmp_path / "b")], tasks=3, workers=1, logging_dir=str(tmp_path / "log")
-    ).run()
+    (tmp_path / "program.py").write_text(DATATROVE)  # its workers are forks, which JAX's threads would not survive
+    argv = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "b"), str(tmp_path / "log")]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=120, check=True)
+    assert done.stdout.split()[-4:] == ["items", str(len(frozen.items)), "documents", "30"]
     finalize(frozen)
     assert content(tmp_path / "b") == whole
-    assert stats.stats[0].stats["items"].total == len(frozen.items)
-    assert stats.stats[0].stats["documents"].total == 30
 
 
 def test_progress_is_told_per_phase(recipe, tmp_path):
