@@ -40,7 +40,11 @@ def demo() -> Run:
             context_tokens=256,
             compute_dtype="float32",  # a CPU gains little from bfloat16, and exact resumption is easier to see
         ),
-        data=Data(store="data/python-2048", sequence_tokens=256, recipe=Recipe(vocab_size=2048, validation_share=0.1, window_tokens=257)),
+        data=Data(
+            store="data/python-2048",
+            sequence_tokens=256,
+            recipe=Recipe(vocab_size=2048, validation_share=0.1, window_tokens=257),
+        ),
         curriculum=(
             Stage(name="basic", tokens=750 * batch, batch_tokens=batch, mixture={"prose": 0.6, "code": 0.4}),
             Stage(
