@@ -125,11 +125,14 @@ def random_curriculum(rng, sources):
     return tuple(stages)
 
 
+ROUNDED = 2**-20  # shares are multiples of 2**-40, and what they are compared with are floats
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(2, 9))
 def test_no_source_strays_a_window_from_its_share_at_any_row_of_ramps(seed, sources):
     o = order(random_curriculum(np.random.default_rng(seed), sources), {f"s{i}": 1000 for i in range(sources)})
-    assert deviation(o) < 1
+    assert deviation(o) < 1 + ROUNDED
 
 
 @settings(max_examples=20, deadline=None)
@@ -137,7 +140,7 @@ def test_no_source_strays_a_window_from_its_share_at_any_row_of_ramps(seed, sour
 def test_no_source_strays_a_window_from_its_share_at_any_row_of_a_constant_mixture(weights, batch):
     mixture = {f"s{i}": weight for i, weight in enumerate(weights)}
     o = order((stage("x", 60, batch, mixture),), dict.fromkeys(mixture, 1000))
-    assert deviation(o) < 1
+    assert deviation(o) < 1 + ROUNDED
 
 
 MIXTURES = {
