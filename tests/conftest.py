@@ -19,6 +19,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,3 +94,21 @@ def recipe(tales):
     from tinyllama_jax.config import Recipe
 
     return Recipe(sources=(str(tales),), vocab_size=300, validation_share=0.2, window_tokens=17, item_bytes=2500)
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """mount(options): a disk of its own in memory, such as `size=64k`, taken away at the end."""
+    mounted = []
+
+    def make(options: str) -> Path:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs is not permitted")
+        mounted.append(disk)
+        return disk
+
+    yield make
+    for disk in mounted:
+        subprocess.run(["umount", "-l", disk], check=True)

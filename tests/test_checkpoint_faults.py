@@ -17,14 +17,9 @@ from tinyllama_jax.train.checkpoint import Checkpoints
 
 
 @pytest.fixture(params=["size=3m", "size=9m,nr_inodes=26"], ids=["no bytes left", "no files left"])
-def tiny_disk(request, tmp_path):
+def tiny_disk(request, mount):
     """Room for one checkpoint.  That bytes are missing is seen before orbax starts, other limits only by writing."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", request.param, "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    return mount(request.param)
 
 
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_are_intact(tiny_disk, capfd):

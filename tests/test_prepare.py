@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepare_cases import complaint, content
 
 from tinyllama_jax.config import DataError, Recipe, replace
 from tinyllama_jax.data import plan as planning
@@ -22,17 +23,6 @@ from tinyllama_jax.data.sources import Document
 from tinyllama_jax.data.stdlib import python_documents
 from tinyllama_jax.data.store import SPLITS, TokenStore
 from tinyllama_jax.data.tokenizer import Tokenizer, write_tokenizer_json
-
-
-def complaint(*arguments, **keywords) -> str:
-    with pytest.raises(DataError) as caught:
-        prepare(*arguments, **keywords)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def kept_tokens(out: Path, split: str, domain: str) -> list[np.ndarray]:

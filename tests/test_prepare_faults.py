@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from prepare_cases import complaint, content
 
 from tinyllama_jax.config import DataError, Recipe, Unfinished, replace
 from tinyllama_jax.data import plan as planning
@@ -18,17 +19,6 @@ from tinyllama_jax.data.prepare import TOKENIZE, WAIT, freeze, prepare, run
 from tinyllama_jax.data.store import TokenStore
 
 ROOT = Path(__file__).parents[1]
-
-
-def complaint(*arguments, **keywords) -> str:
-    with pytest.raises(DataError) as caught:
-        prepare(*arguments, **keywords)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def leftovers(out: Path) -> list[str]:
@@ -142,28 +132,21 @@ def test_duplicates_wait_for_every_signature(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_full_disk_is_one_line_and_what_is_done_is_kept(recipe, tales, tmp_path, processes):
+def test_full_disk_is_one_line_and_what_is_done_is_kept(recipe, tales, tmp_path, mount, processes):
     for i in range(30, 60):
         (tales / f"{i}.txt").write_text(f"Tale {i}. " + "The fox met another fox in the wood. " * 150)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("mounting is not permitted")
-    try:
-        message = complaint(recipe, disk / "store", processes=processes)
-        assert "No space left" in message and "free space" in message
-        assert not (disk / "store" / "manifest.json").exists()
-        assert not list((disk / "store" / "items").glob(".*"))
-        done = {record.stem for record in (disk / "store" / "items").glob("*.json")}
-        shards = [path for path in (disk / "store").rglob("*.bin") if path.name[:6] in done]
-        kept = {path: path.stat().st_mtime_ns for path in shards}
-        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
-        prepare(recipe, disk / "store", processes=processes)
-        assert kept and {path: path.stat().st_mtime_ns for path in kept} == kept
-        assert content(disk / "store") == content(prepare(recipe, tmp_path / "whole"))
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    disk = mount("size=256k")
+    message = complaint(recipe, disk / "store", processes=processes)
+    assert "No space left" in message and "free space" in message
+    assert not (disk / "store" / "manifest.json").exists()
+    assert not list((disk / "store" / "items").glob(".*"))
+    done = {record.stem for record in (disk / "store" / "items").glob("*.json")}
+    shards = [path for path in (disk / "store").rglob("*.bin") if path.name[:6] in done]
+    kept = {path: path.stat().st_mtime_ns for path in shards}
+    subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+    prepare(recipe, disk / "store", processes=processes)
+    assert kept and {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert content(disk / "store") == content(prepare(recipe, tmp_path / "whole"))
 
 
 PREAMBLE = """

@@ -160,23 +160,17 @@ def test_tensorboard_fails_soft_with_one_warning(tmp_path, plan, capfd):
     assert len(read(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_a_full_disk_is_one_line_and_the_incomplete_line_is_dropped_on_resume(tmp_path, plan):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted")
-    try:
-        tracker = open_tracker(disk, plan)
-        with pytest.raises(config.ConfigError, match="metrics.jsonl: cannot be written: No space left on device"):
-            for step in range(1, 1000):
-                tracker.step({"step": step, "tokens": step, "loss": 1.0, "padding": "x" * 333})
-        tracker.close()
-        lines = (disk / "metrics.jsonl").read_text().split("\n")
-        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
-        open_tracker(disk, plan, resume_step=step).close()
-        assert [record["step"] for record in read(disk / "metrics.jsonl")] == list(range(1, len(lines)))
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_is_one_line_and_the_incomplete_line_is_dropped_on_resume(mount, plan):
+    disk = mount("size=64k")
+    tracker = open_tracker(disk, plan)
+    with pytest.raises(config.ConfigError, match="metrics.jsonl: cannot be written: No space left on device"):
+        for step in range(1, 1000):
+            tracker.step({"step": step, "tokens": step, "loss": 1.0, "padding": "x" * 333})
+    tracker.close()
+    lines = (disk / "metrics.jsonl").read_text().split("\n")
+    subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+    open_tracker(disk, plan, resume_step=step).close()
+    assert [record["step"] for record in read(disk / "metrics.jsonl")] == list(range(1, len(lines)))
 
 
 def wandb_run():

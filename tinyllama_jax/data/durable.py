@@ -37,11 +37,11 @@ def write(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
+def sync(path: Path) -> None:
+    """Makes the content of a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -54,13 +54,17 @@ def make_folder(path: Path, *, below: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if below in folder.parents and not folder.is_dir()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        sync_folder(folder.parent)
+        sync(folder.parent)
+
+
+def write_json(path: Path, value: dict) -> None:
+    write(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def write_record(path: Path, record: dict) -> dict:
     """Writes JSON with its own checksum; returns the record with it."""
     record = {**record, "checksum": checksum(record)}
-    write(path, json.dumps(record, indent=1).encode() + b"\n")
+    write_json(path, record)
     return record
 
 

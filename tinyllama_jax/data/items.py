@@ -24,10 +24,10 @@ from tinyllama_jax.data import durable
 from tinyllama_jax.data.plan import ITEMS, Item, Plan, is_empty
 from tinyllama_jax.data.shards import Shard, ShardWriter, token_dtype
 from tinyllama_jax.data.sources import Document, Input
+from tinyllama_jax.data.store import SPLITS
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.data.windows import packer
 
-SPLITS = ("train", "validation")
 SHARD_BYTES = 1 << 30
 Report = Callable[[int, int, int], None]  # documents, tokens and input bytes since the last report
 LONGEST = 40  # powers of two in the histogram of document lengths
@@ -73,7 +73,7 @@ def run(plan: Plan, item: Item, tokenizer: Tokenizer, removed: Mapping[int, str]
                 for shard in entry["shards"]:
                     for file in (temporary / split / domain).glob(f"{shard['name']}.*"):
                         file.replace(place / file.name)
-                durable.sync_folder(place)
+                durable.sync(place)
         return durable.write_record(record_path(plan.folder, item.number), record)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -83,8 +83,8 @@ def _sums(records: list[dict]) -> dict:
     """What the items' records add up to."""
     read, removed, source_dropped, groups, lengths = Counter(), Counter(), Counter(), defaultdict(Counter), {}
     domains = sorted({domain for record in records for split in record["splits"].values() for domain in split})
-    splits = {split: {domain: Counter() for domain in domains} for split in items.SPLITS}
-    listed = {(split, domain): [] for split in items.SPLITS for domain in domains}
+    splits = {split: {domain: Counter() for domain in domains} for split in store.SPLITS}
+    listed = {(split, domain): [] for split in store.SPLITS for domain in domains}
     for record in records:
         read.update(record["read"])
         removed.update(record["removed"])

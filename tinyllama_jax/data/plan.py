@@ -18,9 +18,10 @@ from tinyllama_jax import __version__, configio
 from tinyllama_jax.config import ConfigError, DataError, Recipe
 from tinyllama_jax.data import durable, filters, sources
 from tinyllama_jax.data.sources import Document, Input, Source
+from tinyllama_jax.data.store import PLAN
 from tinyllama_jax.data.tokenizer import JSON_CONFIG_FILE, JSON_FILE, MODEL_FILE, Tokenizer, train_bpe
 
-PLAN, ITEMS = "plan.json", "items"
+ITEMS = "items"
 BEFORE_PLAN = (MODEL_FILE, JSON_FILE, JSON_CONFIG_FILE)  # what a killed `make` may have left
 FORMAT_VERSION = 1
 HASH_RANGE = 1 << 64

@@ -18,8 +18,9 @@ from tinyllama_jax.config import DataError, Recipe
 from tinyllama_jax.data import items, plan, store, tasks
 from tinyllama_jax.data.durable import writing
 from tinyllama_jax.data.manifest import finalize
-from tinyllama_jax.data.plan import BEFORE_PLAN, ITEMS, PLAN, Plan, Progress, silent
+from tinyllama_jax.data.plan import BEFORE_PLAN, ITEMS, Plan, Progress, silent
 from tinyllama_jax.data.shards import token_dtype
+from tinyllama_jax.data.store import PLAN
 from tinyllama_jax.data.tokenizer import Tokenizer
 
 TOKENIZE, WAIT = "tokenize", "wait for another prepare"

@@ -67,7 +67,7 @@ def make_view(store: TokenStore, tokens: dict[str, int] | int, out: str | Path, 
     with durable.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         durable.write_record(out / MANIFEST, manifest)
-        durable.sync_folder(out.parent)
+        durable.sync(out.parent)
     return out
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from tinyllama_jax import configio
 from tinyllama_jax.config import ConfigError, DataError, Execution, Mesh, Run
+from tinyllama_jax.data.durable import write_json
 from tinyllama_jax.data.pipeline import Pipeline, valid_targets
 from tinyllama_jax.data.store import MANIFEST, TokenStore
 from tinyllama_jax.evaluate import ngram
@@ -18,7 +19,6 @@ from tinyllama_jax.evaluate.loss import HeldOut, Validator, held_out
 from tinyllama_jax.generate.load import Loaded, load
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.sharding import computing, make_mesh
-from tinyllama_jax.train.start import write_json
 
 COUNTED_TOKENS = 500_000_000  # n-grams are counted in memory on one core; beyond this they say little anyway
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from tinyllama_jax.config import CheckpointError
+from tinyllama_jax.data.durable import sync
 
 _FINAL = re.compile(r"\d{8,}")
 
@@ -110,7 +111,7 @@ def seal(temporary: Path) -> None:
     sums = _checksums(temporary, sorted(p for p in temporary.rglob("*") if p.is_file()))
     (temporary / "checksums.json").write_text(json.dumps(sums, indent=1))  # every byte counts
     for path in [*temporary.rglob("*"), temporary]:
-        _fsync(path)
+        sync(path)
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -121,7 +122,7 @@ def commit(temporary: Path, final: Path) -> None:
         shutil.rmtree(replaced)
     else:
         temporary.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
 
 
 def verify(path: Path, only: str | None = None) -> dict:
@@ -153,14 +154,6 @@ def _checksums(root: Path, paths: list[Path]) -> dict[str, str]:
             path.relative_to(root).as_posix(): digest
             for path, digest in zip(paths, pool.map(sha256, paths), strict=True)
         }
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def one_line(error: Exception) -> str:

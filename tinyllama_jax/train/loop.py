@@ -16,6 +16,7 @@ import numpy as np
 
 from tinyllama_jax import attention, configio, flops
 from tinyllama_jax.config import ConfigError, Execution, Preempted, Run
+from tinyllama_jax.data.durable import write_json
 from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.pipeline import Pipeline
 from tinyllama_jax.evaluate.loss import Validator, held_out
@@ -68,7 +69,7 @@ def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change:
             done, state, how = start.begin(
                 run, plan, store, pipeline.order, checkpoints, target, mesh, allow_config_change=allow_config_change
             )
-            start.write_json(workdir / "run.json", start.describe(run, plan, store, mesh, experiment))
+            write_json(workdir / "run.json", start.describe(run, plan, store, mesh, experiment))
             tracker = track.Tracker(workdir, run, plan, resume_step=done)
             try:
                 tracker.event("start", how=how, step=done)

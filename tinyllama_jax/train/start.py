@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import platform
 import sys
 from importlib import metadata
@@ -188,14 +186,3 @@ def store_identity(store: TokenStore) -> dict:
         "manifest_sha256": store.manifest_sha256,
         "tokenizer_sha256": store.manifest["tokenizer"]["sha256"],
     }
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
