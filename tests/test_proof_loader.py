@@ -15,6 +15,10 @@ import proof_loader
 
 from tinyllama_jax.data.store import TokenStore
 
+# What other test processes on the same cores leave of the claims about time; a cost that grows with the place in the
+# run, or with the store, is far beyond.
+BUSY = {"speed": 10e6, "seek_ratio": 4}
+
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
@@ -23,12 +27,12 @@ def stores(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(stores):
-    return proof_loader.prove(stores, (10**6, 10**7), runs=1, seconds=1, rounds=5)
+    return proof_loader.prove(stores, (10**6, 10**7), runs=1, seconds=1, rounds=25)
 
 
 @pytest.mark.slow
 def test_the_claims_hold(results):
-    assert proof_loader.failures(results, speed=10e6) == []
+    assert proof_loader.failures(results, **BUSY) == []
     assert [found["stored_tokens"] for found in results.values()] == [pytest.approx(n, rel=0.01) for n in (1e6, 1e7)]
 
 
@@ -44,11 +48,11 @@ def test_the_claims_hold(results):
 def test_a_claim_that_fails_is_named(results, path, value, message):
     worse = copy.deepcopy(results)
     worse["1e+07"][path[0]][path[1]] |= {"median": value, "min": value}
-    (failed,) = proof_loader.failures(worse, speed=10e6)
+    (failed,) = proof_loader.failures(worse, **BUSY)
     assert failed.startswith("1e+07") and message in failed
     worse = copy.deepcopy(results)
     worse["1e+06"]["memory"]["peak_resident_bytes"] += 20 << 20
-    (failed,) = proof_loader.failures(worse, speed=10e6)
+    (failed,) = proof_loader.failures(worse, **BUSY)
     assert "memory differs by" in failed
 
 
