@@ -30,7 +30,7 @@ import jax
 from attention_contenders import Shape, Unable
 from lines import RESULTS, emit, isolated, origin, slug, spread
 
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.flops import peak_flops
 
 DIRECTIONS = ("forward", "forward_backward")

@@ -23,7 +23,7 @@ import numpy as np
 from attention_contenders import Shape, Unable
 from lines import emit, isolated
 
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 
 LIMIT = 2.0
 DOCUMENTS = (1, 4)  # per row

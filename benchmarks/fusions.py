@@ -24,7 +24,7 @@ from unittest import mock
 
 from lines import RESULTS, emit, origin
 
-from tinyllama_jax.config import UserError
+from tinyllama_jax.errors import UserError
 from tinyllama_jax.preflight.worker import ENVIRONMENT
 
 if __name__ == "__main__":

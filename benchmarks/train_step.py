@@ -31,7 +31,8 @@ import numpy as np
 from lines import ROOT, emit, isolated, origin, spread
 
 from tinyllama_jax import attention, configio, flops
-from tinyllama_jax.config import ConfigError, Run, UsageError, UserError
+from tinyllama_jax.config import Run
+from tinyllama_jax.errors import ConfigError, UsageError, UserError
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.sharding import computing, make_mesh, replicated
 from tinyllama_jax.train import state as train_state

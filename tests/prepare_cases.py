@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data.prepare import prepare
+from tinyllama_jax.errors import DataError
 
 
 def complaint(*arguments, **keywords) -> str:

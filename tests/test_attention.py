@@ -12,7 +12,7 @@ from quick_experiment import quick_command
 from tinyllama_jax import config, sharding
 from tinyllama_jax.attention import Call, attention, choice, choose, ranges
 from tinyllama_jax.cli import main
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 
 B, T, H, G, K = 2, 12, 6, 2, 8
 ROOT = Path(__file__).parent.parent

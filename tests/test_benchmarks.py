@@ -24,7 +24,8 @@ import lines
 import train_step
 from attention_contenders import Contender, Shape
 
-from tinyllama_jax.config import ConfigError, Execution, UsageError, replace
+from tinyllama_jax.config import Execution, replace
+from tinyllama_jax.errors import ConfigError, UsageError
 
 TINY = Shape(rows=2, tokens=128, heads=2, kv_heads=1, head_dim=16, dtype="float32")
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax.config import CheckpointError
+from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train import checkpoint, durable
 from tinyllama_jax.train.checkpoint import Checkpoints
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax.config import CheckpointError
+from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train.checkpoint import Checkpoints
 
 

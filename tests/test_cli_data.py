@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tinyllama_jax.cli import main
-from tinyllama_jax.config import UsageError
+from tinyllama_jax.errors import UsageError
 from tinyllama_jax.terminal import duration
 from tinyllama_jax.verbs_data import count, item_numbers
 

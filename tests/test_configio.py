@@ -3,7 +3,8 @@ import json
 import pytest
 
 from tinyllama_jax import configio
-from tinyllama_jax.config import ConfigError, Data, Fork, LearningRate, Model, Recipe, Run, Stage, UsageError, replace
+from tinyllama_jax.config import Data, Fork, LearningRate, Model, Recipe, Run, Stage, replace
+from tinyllama_jax.errors import ConfigError, UsageError
 
 
 def small(**changes) -> Run:

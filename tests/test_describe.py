@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from store_cases import documents, flip, make_store
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import durable
 from tinyllama_jax.data.describe import describe
 from tinyllama_jax.data.store import TokenStore
 from tinyllama_jax.data.views import make_view
+from tinyllama_jax.errors import DataError
 
 W = 33
 TEXTS = [f"tale {i}: the value of x is {i * i}, and so on, and so on.\nThe end." for i in range(60)]

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import duplicates, filters
 from tinyllama_jax.data.duplicates import Signatures, is_signed, read_removals, removals, sign, write_removals
 from tinyllama_jax.data.sources import Document
+from tinyllama_jax.errors import DataError
 
 PLAN = "ab" * 32
 EXACT, NEAR = filters.parse(("exact_duplicates",)), filters.parse(("near_duplicates=0.8",))

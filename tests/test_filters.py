@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data import sources
 from tinyllama_jax.data.filters import Filters, parse
+from tinyllama_jax.errors import ConfigError, DataError
 
 
 def document(text="", fields=None, tokens=None) -> sources.Document:

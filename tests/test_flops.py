@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import pytest
 
 from tinyllama_jax import config, flops, sharding
-from tinyllama_jax.config import ConfigError, Execution, Model
+from tinyllama_jax.config import Execution, Model
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.model import transformer
 from tinyllama_jax.presets import preset
 

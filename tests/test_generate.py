@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from quick_experiment import quick
 
-from tinyllama_jax.config import ConfigError, DataError, Execution, Mesh
+from tinyllama_jax.config import Execution, Mesh
+from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.generate import sample
 from tinyllama_jax.generate.score import score
 from tinyllama_jax.model import transformer

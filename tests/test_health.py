@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.train import health
 
 

@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tinyllama_jax import config, sharding
-from tinyllama_jax.config import ConfigError, DataError, Model, Rope, replace
+from tinyllama_jax.config import Model, Rope, replace
 from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe, write_tokenizer_json
+from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.interop.hf import hf_tensors, read_hf, write_hf
 from tinyllama_jax.interop.hf_config import model_to_hf
 from tinyllama_jax.model import transformer

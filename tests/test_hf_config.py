@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tinyllama_jax.config import ConfigError, Model, Rope
+from tinyllama_jax.config import Model, Rope
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.interop.hf_config import model_from_hf, model_to_hf
 
 GQA = Model(vocab_size=96, d_model=32, layers=3, heads=4, kv_heads=2, head_dim=8, d_ff=48, context_tokens=64)

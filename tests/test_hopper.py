@@ -15,7 +15,7 @@ from kernel_cases import formula
 
 from tinyllama_jax.attention import hopper
 from tinyllama_jax.attention.documents import ranges, visible
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 OLD = hopper.refuses(head_dim=64, dtype=BF16, soft_cap=None)

@@ -9,7 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinyllama_jax"
-NO_JAX = {"config", "configio", "presets", "flops", "schedules", "lab.chinchilla", "lab.isoflop", "lab.repetition"}
+NO_JAX = {
+    "config",
+    "errors",
+    "configio",
+    "presets",
+    "flops",
+    "schedules",
+    "lab.chinchilla",
+    "lab.isoflop",
+    "lab.repetition",
+}
 ONE_HOME = {
     "orbax": {"train.checkpoint"},
     "grain": {"data.pipeline"},
@@ -86,8 +96,11 @@ def test_the_parser_sees_every_way_to_import():
 def test_config_imports_the_standard_library_only():
     import sys
 
-    roots = {name.split(".")[0] for name in imports_of(MODULES["config"])}
-    assert roots <= sys.stdlib_module_names
+    for name in ("config", "errors"):
+        imported = imports_of(MODULES[name])
+        assert ours(imported) <= {"errors"}
+        roots = {i.split(".")[0] for i in imported}
+        assert roots <= sys.stdlib_module_names | {"tinyllama_jax"}
 
 
 @pytest.mark.parametrize("name", sorted(NO_JAX & set(MODULES)))

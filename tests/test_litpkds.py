@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.sources import parse
+from tinyllama_jax.errors import DataError
 
 BOS, EOS = 1, 2
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick_experiment import quick, quick_command
 
-from tinyllama_jax import config, configio, sharding
+from tinyllama_jax import config, configio, errors, sharding
 from tinyllama_jax.cli import main
 from tinyllama_jax.loss import cross_entropy, token_nll, training_loss
 from tinyllama_jax.train import state as train_state
@@ -234,7 +234,7 @@ def test_z_loss_is_part_of_what_a_run_is():
     base = quick()
     on = configio.override(base, ["optimizer.z_loss=1e-4"])
     assert configio.fingerprint(on) != configio.fingerprint(base)
-    with pytest.raises(config.ConfigError, match="optimizer.z_loss is negative"):
+    with pytest.raises(errors.ConfigError, match="optimizer.z_loss is negative"):
         configio.override(base, ["optimizer.z_loss=-1e-4"])
 
 

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from tinyllama_jax.config import DataError
+from tinyllama_jax.errors import DataError
 from tinyllama_jax.evaluate.ngram import fit
 
 RNG = np.random.default_rng(0)

@@ -16,9 +16,10 @@ import lines
 import ramp
 
 from experiments.tinyllama import v1_1_math_code
-from tinyllama_jax.config import ConfigError, Stage
+from tinyllama_jax.config import Stage
 from tinyllama_jax.data.order import SHUFFLED_BLOCKS, Order, _in_blocks
 from tinyllama_jax.data.permutation import round_keys
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.schedules import Plan, mixture_at
 
 SEQUENCE = 4

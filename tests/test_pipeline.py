@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from tinyllama_jax import config
-from tinyllama_jax.config import ConfigError, Data, DataError, Stage
+from tinyllama_jax.config import Data, Stage
 from tinyllama_jax.data.pipeline import Pipeline, positions
 from tinyllama_jax.data.shards import ShardWriter
 from tinyllama_jax.data.storage import Storage
 from tinyllama_jax.data.store import TokenStore, Windows
 from tinyllama_jax.data.windows import packer
+from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.sharding import make_mesh
 from tinyllama_jax.train.step import put_batch

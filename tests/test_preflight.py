@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import configio, flops
 from tinyllama_jax.cli import main
-from tinyllama_jax.config import ConfigError, Mesh, UsageError, replace
+from tinyllama_jax.config import Mesh, replace
+from tinyllama_jax.errors import ConfigError, UsageError
 from tinyllama_jax.preflight import search, step, targets, verb, worker
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepare_cases import complaint, content
 
-from tinyllama_jax.config import DataError, Recipe, replace
+from tinyllama_jax.config import Recipe, replace
 from tinyllama_jax.data import plan as planning
 from tinyllama_jax.data.manifest import finalize
 from tinyllama_jax.data.plan import HASH_RANGE, SCAN, TRAIN, digest_of, place_of
@@ -23,6 +23,7 @@ from tinyllama_jax.data.sources import Document
 from tinyllama_jax.data.stdlib import python_documents
 from tinyllama_jax.data.store import SPLITS, TokenStore
 from tinyllama_jax.data.tokenizer import Tokenizer, write_tokenizer_json
+from tinyllama_jax.errors import DataError
 
 
 def kept_tokens(out: Path, split: str, domain: str) -> list[np.ndarray]:

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from prepare_cases import complaint, content
 
-from tinyllama_jax.config import DataError, Recipe, Unfinished, replace
+from tinyllama_jax.config import Recipe, replace
 from tinyllama_jax.data import plan as planning
 from tinyllama_jax.data.manifest import finalize
 from tinyllama_jax.data.plan import SCAN
 from tinyllama_jax.data.prepare import TOKENIZE, WAIT, freeze, prepare, run
 from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.errors import DataError, Unfinished
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,7 +153,8 @@ def test_full_disk_is_one_line_and_what_is_done_is_kept(recipe, tales, tmp_path,
 PREAMBLE = """
 import os, resource, shutil, signal, sys, time
 from pathlib import Path
-from tinyllama_jax.config import DataError, Recipe
+from tinyllama_jax.config import Recipe
+from tinyllama_jax.errors import DataError
 from tinyllama_jax.data.prepare import prepare
 
 def main():

@@ -1,6 +1,6 @@
 import pytest
 
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.flops import parameter_counts
 from tinyllama_jax.presets import PRESETS, preset
 

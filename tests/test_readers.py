@@ -16,9 +16,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import readers
 from tinyllama_jax.data.readers import rows
+from tinyllama_jax.errors import DataError
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
 
@@ -254,7 +254,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, suffix, package):
     """With a name that hides the package from a fresh process."""
     script = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from pathlib import Path; from tinyllama_jax.config import DataError\n"
+        "from pathlib import Path; from tinyllama_jax.errors import DataError\n"
         "from tinyllama_jax.data.readers import rows\n"
         f"try: list(rows(Path('a{suffix}')))\n"
         "except DataError as error: print(error)"

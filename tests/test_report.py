@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 from synthetic_run import lines, write_run
 
-from tinyllama_jax.config import DataError
+from tinyllama_jax.errors import DataError
 from tinyllama_jax.lab import draw, plots
 from tinyllama_jax.lab import report as report_module
 from tinyllama_jax.lab.report import write_report

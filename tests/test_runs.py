@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from synthetic_run import lines, write_run
 
-from tinyllama_jax.config import DataError
+from tinyllama_jax.errors import DataError
 from tinyllama_jax.lab.runs import Run
 
 

@@ -1,6 +1,7 @@
 import pytest
 
-from tinyllama_jax.config import ConfigError, LearningRate, Stage
+from tinyllama_jax.config import LearningRate, Stage
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.schedules import Plan, learning_rate, mixture_at
 
 BATCH = 2_097_152  # TinyLlama: 1024 sequences of 2048 tokens

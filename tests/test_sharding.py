@@ -5,7 +5,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import config, presets, sharding
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.model import transformer
 
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import documents, flip, make_store, truncate
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import store
 from tinyllama_jax.data.shards import BIN, DOC, IDX, ShardReader, ShardWriter, place_dtype, read_index, token_dtype
 from tinyllama_jax.data.storage import Storage
 from tinyllama_jax.data.windows import InARow
+from tinyllama_jax.errors import DataError
 
 W = 17
 

@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from tinyllama_jax.config import DataError, UsageError
 from tinyllama_jax.data import layouts
 from tinyllama_jax.data.sources import Document, Input, Source, open_source, parse
+from tinyllama_jax.errors import DataError, UsageError
 
 
 def complaint(spec, kind=DataError) -> str:

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from quick_experiment import quick
 
-from tinyllama_jax.config import ConfigError, Execution, Mesh, Optimizer, replace
+from tinyllama_jax.config import Execution, Mesh, Optimizer, replace
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.sharding import make_mesh, replicated
 from tinyllama_jax.train import state as train_state

@@ -11,10 +11,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from store_cases import documents, flip, make_store
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import storage
 from tinyllama_jax.data.storage import Storage
 from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.errors import DataError
 
 W, ROOT = 17, Path(__file__).parent.parent
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from store_cases import documents, flip, make_store, truncate
 
-from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data import store
 from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.errors import ConfigError, DataError
 
 W = 17
 

@@ -12,11 +12,11 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data import tokenizer as module
 from tinyllama_jax.data.long_text import encode_in_parts
 from tinyllama_jax.data.stdlib import python_documents
 from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe, write_tokenizer_json
+from tinyllama_jax.errors import ConfigError, DataError
 
 VOCAB = 1024
 TEXTS = [

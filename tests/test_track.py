@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quick_experiment import quick
 
-from tinyllama_jax import config
+from tinyllama_jax import config, errors
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.train import track
 from tinyllama_jax.train.track import Tracker
@@ -163,7 +163,7 @@ def test_tensorboard_fails_soft_with_one_warning(tmp_path, plan, capfd):
 def test_a_full_disk_is_one_line_and_the_incomplete_line_is_dropped_on_resume(mount, plan):
     disk = mount("size=64k")
     tracker = open_tracker(disk, plan)
-    with pytest.raises(config.ConfigError, match="metrics.jsonl: cannot be written: No space left on device"):
+    with pytest.raises(errors.ConfigError, match="metrics.jsonl: cannot be written: No space left on device"):
         for step in range(1, 1000):
             tracker.step({"step": step, "tokens": step, "loss": 1.0, "padding": "x" * 333})
     tracker.close()

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import documents, flip, make_store
 
-from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data import durable, views
 from tinyllama_jax.data.prepare import prepare
 from tinyllama_jax.data.store import TokenStore
 from tinyllama_jax.data.views import in_proportion, make_view
+from tinyllama_jax.errors import ConfigError, DataError
 
 W = 17
 DOMAINS = {"prose": documents(300, 1), "code": documents(120, 2, longest=40), "few": documents(8, 3)}

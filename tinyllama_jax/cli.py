@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from tinyllama_jax import __version__, verbs
 from tinyllama_jax.cli_prepare import PREPARE_STEPS, add_prepare
-from tinyllama_jax.config import UserError
 from tinyllama_jax.configio import nearest
+from tinyllama_jax.errors import UserError
 
 # Errors of the machine that the user can mend: disk full, no permission, a file where a folder should be, ...
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}

@@ -1,7 +1,7 @@
 """What a run is: frozen dataclasses, standard library only.
 
 A field's unit is in its name (`batch_tokens`) or its comment.  Fields that decide which numbers a run
-produces are its *identity* (`configio.identity`); everything under `execution`, `mesh`, `checkpoint`,
+produces are its *identity* (`configio.identity`); everything under `execution`, `mesh`, `checkpoint`, `health`,
 `evaluation` and `tracking` only decides where, how fast and how often, and may change on resume.
 """
 
@@ -11,41 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, never as a traceback."""
-
-    exit_status = 78  # configuration or data: a launcher must not retry
-
-
-class UsageError(UserError):
-    """The command text itself is wrong: unknown verb, option or `--set` key."""
-
-    exit_status = 2
-
-
-class ConfigError(UserError):
-    """A configuration that contradicts itself or what is on disk."""
-
-
-class DataError(UserError):
-    """A corpus, tokenizer or token store that is missing, damaged or does not fit."""
-
-
-class CheckpointError(UserError):
-    """No usable checkpoint where one is needed."""
-
-
-class Unfinished(UserError):
-    """Part of the work is done and kept; the same command goes on with it."""
-
-    exit_status = 75
-
-
-class Preempted(UserError):
-    """The run was asked to stop, saved, and should be started again."""
-
-    exit_status = 75
+from tinyllama_jax.errors import ConfigError
 
 
 def _require(condition: bool, message: str) -> None:
@@ -287,9 +253,11 @@ class Mesh:
 
     replica: int = 1  # whole copies of the weights (HSDP over nodes or slices)
     data: int = -1  # weights and optimizer state sharded (FSDP)
+    context: int = 1  # tokens of a sequence split, for long contexts
+    tensor: int = 1  # heads, MLP columns and vocabulary split (tensor parallelism), within a fast network
 
     def __post_init__(self):
-        sizes = (self.replica, self.data)
+        sizes = (self.replica, self.data, self.context, self.tensor)
         _require(all(s == -1 or s > 0 for s in sizes), f"mesh sizes {sizes} must be positive, or -1 for the rest")
         _require(sizes.count(-1) <= 1, "only one mesh axis may be -1")
 
@@ -304,11 +272,39 @@ class Checkpoint:
     permanent_tokens: int = 0  # a permanent save each time another multiple is passed; 0 = off
     permanent_at_tokens: tuple[int, ...] = ()  # and when one of these is reached
     # The end of each stage and of the run is always saved, permanently, and read back.
+    directory: str = ""  # where checkpoints go, such as gs://bucket/run; empty = RUN/checkpoints
+    retry_seconds: float = 60.0  # after a periodic save that failed, until it is tried again
+    max_failed_saves: int = 3  # in a row, after which the run ends
+    barrier_seconds: float = 900.0  # for which the processes of a run wait for the last of them at a save or restore
 
     def __post_init__(self):
-        for name in ("temporary_seconds", "temporary_steps", "permanent_tokens"):
+        for name in ("temporary_seconds", "temporary_steps", "permanent_tokens", "retry_seconds"):
             _require(getattr(self, name) >= 0, f"checkpoint.{name} is negative")
-        _require(self.keep_temporary >= 1, "checkpoint.keep_temporary must be at least 1")
+        for name in ("keep_temporary", "max_failed_saves", "barrier_seconds"):
+            _require(getattr(self, name) > 0, f"checkpoint.{name} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """When a run warns, goes back, or gives up."""
+
+    # A process that makes no progress for so long prints its stacks and ends with status 1; 0 = off.  Longer where a
+    # step takes longer, and while it compiles.
+    watchdog_seconds: float = 600.0
+    peer_seconds: float = 60.0  # a process of the same run that was not heard of for so long is lost, and the run ends
+    # After optimizer.max_skips skipped steps in a row the run goes back to its newest checkpoint and steps over the
+    # batches since; this often at most, then it ends.
+    max_rollbacks: int = 2
+    alert_window_steps: int = 50  # over which loss and throughput are averaged for the alerts below
+    divergence_nats: float = 0.5  # alert when the mean loss exceeds its lowest so far by this; 0 = off
+    stall_factor: float = 10.0  # alert when a step takes this many times the median; 0 = off
+    slow_share: float = 0.7  # alert when throughput falls below this share of the run's median; 0 = off
+
+    def __post_init__(self):
+        for name in ("watchdog_seconds", "max_rollbacks", "divergence_nats", "stall_factor", "slow_share"):
+            _require(getattr(self, name) >= 0, f"health.{name} is negative")
+        for name in ("peer_seconds", "alert_window_steps"):
+            _require(getattr(self, name) > 0, f"health.{name} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +332,9 @@ class Tracking:
 
     tensorboard: bool = False  # into RUN/tensorboard, over tokens
     wandb_project: str = ""  # Weights & Biases project; empty = off.  Needs the extra `wandb`
+    trackio_project: str = ""  # trackio project; empty = off.  Needs the extra `trackio`
+    profile_steps: int = 0  # steps that are traced into RUN/profile, to be read with xprof; 0 = none
+    profile_after_steps: int = 10  # of this start, before the trace begins
     peak_flops_per_device: float = 0.0  # for MFU; 0 = from the device's name, unknown devices report none
 
 
@@ -352,6 +351,7 @@ class Run:
     execution: Execution = field(default_factory=Execution)
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    health: Health = field(default_factory=Health)
     evaluation: Evaluation = field(default_factory=Evaluation)
     tracking: Tracking = field(default_factory=Tracking)
 

@@ -18,7 +18,8 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Union
 
-from tinyllama_jax.config import ConfigError, Run, UsageError
+from tinyllama_jax.config import Run
+from tinyllama_jax.errors import ConfigError, UsageError
 
 # ---------------------------------------------------------------------------------------------------------
 # dataclasses <-> plain JSON values

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tinyllama_jax.config import ConfigError, Model
+from tinyllama_jax.config import Model
+from tinyllama_jax.errors import ConfigError
 
 Convention = Literal["palm", "causal", "6n_total", "6n_non_embedding"]
 CONVENTIONS: tuple[str, ...] = ("palm", "causal", "6n_total", "6n_non_embedding")

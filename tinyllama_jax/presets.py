@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 
-from tinyllama_jax.config import ConfigError, Model, Rope, replace
+from tinyllama_jax.config import Model, Rope, replace
+from tinyllama_jax.errors import ConfigError
 
 
 def _llama(

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tinyllama_jax.config import ConfigError, LearningRate, Stage
+from tinyllama_jax.config import LearningRate, Stage
+from tinyllama_jax.errors import ConfigError
 
 # Ramp weights are raw numbers, so a stage in per cent after one in fractions would finish its ramp in the first
 # few batches.  Totals further apart than this are taken for such a slip.

@@ -24,7 +24,7 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import config
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 
 AXES = ("replica", "data")
 BATCH = ("replica", "data")  # specs are compared literally, axes of size 1 included: use this constant everywhere

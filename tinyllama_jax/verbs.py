@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from tinyllama_jax import configio, verbs_data
-from tinyllama_jax.config import ConfigError, DataError, Mesh, Run, UserError
+from tinyllama_jax.config import Mesh, Run
+from tinyllama_jax.errors import ConfigError, DataError, UserError
 from tinyllama_jax.terminal import Progress, answer, say
 
 

@@ -7,7 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from tinyllama_jax.config import DataError, Recipe, UsageError
+from tinyllama_jax.config import Recipe
+from tinyllama_jax.errors import DataError, UsageError
 from tinyllama_jax.terminal import Progress, answer
 
 

@@ -26,7 +26,7 @@ from tinyllama_jax.attention.fused import Options, by_kernel
 from tinyllama_jax.attention.names import CUDNN_FORWARD, LSE, OUTPUT
 from tinyllama_jax.attention.reference import reference
 from tinyllama_jax.attention.xla import xla
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 
 __all__ = ["CUDNN_FORWARD", "LSE", "OUTPUT", "Call", "Ranges", "attention", "choose", "ranges"]
 

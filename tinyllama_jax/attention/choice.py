@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tinyllama_jax.config import ConfigError, Run
+from tinyllama_jax.config import Run
+from tinyllama_jax.errors import ConfigError
 
 GPU, TPU = "gpu", "tpu"
 # name -> the platform it is for; None: any.

@@ -20,7 +20,7 @@ from jax.sharding import reshard
 from tinyllama_jax.attention.choice import kernel
 from tinyllama_jax.attention.documents import Ranges
 from tinyllama_jax.attention.names import LSE, OUTPUT
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 
 
 class Options(NamedTuple):

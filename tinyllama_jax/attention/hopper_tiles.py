@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tinyllama_jax.attention.documents import key_blocks
-from tinyllama_jax.config import ConfigError
+from tinyllama_jax.errors import ConfigError
 
 CONSUMERS = 2  # warpgroups that compute; one more only copies
 ROWS = 64  # rows of a tensor core instruction: what one consumer holds

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import durable
+from tinyllama_jax.errors import DataError
 
 CHECKSUM_BYTES = 64  # hexadecimal SHA-256 of all that follows, in the first line; the second line names the arrays
 

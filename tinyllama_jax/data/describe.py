@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data.filters import NEAR
 from tinyllama_jax.data.plan import Progress, silent
 from tinyllama_jax.data.store import TokenStore
 from tinyllama_jax.data.verify import verify as find_damage
+from tinyllama_jax.errors import DataError
 
 SHOWN_CHARACTERS, SHOWN_LINES = 400, 8  # of a sample's text
 BAR = 30  # characters of the longest bar of a histogram

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import columns
 from tinyllama_jax.data.columns import Columns
 from tinyllama_jax.data.filters import EXACT, NEAR, Filters
+from tinyllama_jax.errors import DataError
 
 if TYPE_CHECKING:
     from tinyllama_jax.data.sources import Document

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.configio import nearest
+from tinyllama_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tinyllama_jax.data.sources import Document

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import durable
 from tinyllama_jax.data.plan import ITEMS, Item, Plan, is_empty
 from tinyllama_jax.data.shards import Shard, ShardWriter, token_dtype
@@ -27,6 +26,7 @@ from tinyllama_jax.data.sources import Document, Input
 from tinyllama_jax.data.store import SPLITS
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.data.windows import packer
+from tinyllama_jax.errors import DataError
 
 SHARD_BYTES = 1 << 30
 Report = Callable[[int, int, int], None]  # documents, tokens and input bytes since the last report

@@ -7,9 +7,9 @@ import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tinyllama_jax.config import DataError, UsageError
 from tinyllama_jax.data import litpkds, readers, stdlib
 from tinyllama_jax.data.sources import Document, Input, Source, listed, share, unknown
+from tinyllama_jax.errors import DataError, UsageError
 
 JSONL = (".jsonl.zst", ".jsonl", ".jsonl.gz")
 PART_BYTES = 256 << 20  # of an array_record shard that is one input

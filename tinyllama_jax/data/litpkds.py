@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
+from tinyllama_jax.errors import DataError
 
 MAGIC, HEADER_BYTES, VERSION = b"LITPKDS", 24, 1
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats, which no token is

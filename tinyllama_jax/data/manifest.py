@@ -8,11 +8,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from tinyllama_jax import __version__
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import durable, items, shards, store
 from tinyllama_jax.data.durable import writing
 from tinyllama_jax.data.plan import ITEMS, Plan
 from tinyllama_jax.data.shards import token_dtype
+from tinyllama_jax.errors import DataError
 
 
 def finalize(frozen: Plan) -> Path:

@@ -18,9 +18,9 @@ from typing import Literal
 
 import numpy as np
 
-from tinyllama_jax.config import ConfigError
 from tinyllama_jax.data.permutation import permute, round_keys
 from tinyllama_jax.data.quotas import ONE, Phase
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.schedules import Plan, PlannedStage, mixture_at
 
 VERSION = 2  # of the order that one configuration gives; part of a run's identity

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from tinyllama_jax.config import ConfigError, Data
+from tinyllama_jax.config import Data
 from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.store import Split, TokenStore, Windows
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.schedules import Plan
 
 Batch = dict[str, np.ndarray]

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_jax import __version__, configio
-from tinyllama_jax.config import ConfigError, DataError, Recipe
+from tinyllama_jax.config import Recipe
 from tinyllama_jax.data import durable, filters, sources
 from tinyllama_jax.data.sources import Document, Input, Source
 from tinyllama_jax.data.store import PLAN
 from tinyllama_jax.data.tokenizer import JSON_CONFIG_FILE, JSON_FILE, MODEL_FILE, Tokenizer, train_bpe
+from tinyllama_jax.errors import ConfigError, DataError
 
 ITEMS = "items"
 BEFORE_PLAN = (MODEL_FILE, JSON_FILE, JSON_CONFIG_FILE)  # what a killed `make` may have left

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tinyllama_jax import configio
-from tinyllama_jax.config import DataError, Recipe
+from tinyllama_jax.config import Recipe
 from tinyllama_jax.data import items, plan, store, tasks
 from tinyllama_jax.data.durable import writing
 from tinyllama_jax.data.manifest import finalize
@@ -22,6 +22,7 @@ from tinyllama_jax.data.plan import BEFORE_PLAN, ITEMS, Plan, Progress, silent
 from tinyllama_jax.data.shards import token_dtype
 from tinyllama_jax.data.store import PLAN
 from tinyllama_jax.data.tokenizer import Tokenizer
+from tinyllama_jax.errors import DataError
 
 TOKENIZE, WAIT = "tokenize", "wait for another prepare"
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tinyllama_jax.config import DataError
+from tinyllama_jax.errors import DataError
 
 Row = tuple[str, str, dict[str, str]]  # origin, text, fields that were asked for and are there
 BUFFER_BYTES = 1 << 20

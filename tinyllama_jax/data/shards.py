@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data.storage import REMEDY, Storage
+from tinyllama_jax.errors import DataError
 
 SUFFIXES = BIN, IDX, DOC = ".bin", ".idx", ".doc"
 _RECORD = struct.Struct("<III")  # CRC32, documents before, tokens

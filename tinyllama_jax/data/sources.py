@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from tinyllama_jax.config import DataError, UsageError
 from tinyllama_jax.configio import nearest
 from tinyllama_jax.data import readers
+from tinyllama_jax.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data.permutation import permute, round_keys
 from tinyllama_jax.data.shards import Shard, ShardReader
 from tinyllama_jax.data.storage import REMEDY, Storage
+from tinyllama_jax.errors import ConfigError, DataError
 
 
 class Windows(NamedTuple):

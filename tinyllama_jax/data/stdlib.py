@@ -13,8 +13,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data.sources import Document
+from tinyllama_jax.errors import DataError
 
 # Tests, bundled wheels, installed packages and, in `encodings`, 1.4 MB of generated character tables.
 _SKIPPED_FOLDERS = re.compile(

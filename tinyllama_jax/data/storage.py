@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tinyllama_jax.config import DataError
+from tinyllama_jax.errors import DataError
 
 REMEDY = "fetch or prepare the store again"
 CACHE_BLOCK_BYTES = 1 << 20  # a few hundred windows, which block shuffle reads together

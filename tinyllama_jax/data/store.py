@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import durable
 from tinyllama_jax.data.splits import ChosenWindows, Split, view_keys
 from tinyllama_jax.data.splits import Windows as Windows
 from tinyllama_jax.data.storage import REMEDY, Storage
 from tinyllama_jax.data.tokenizer import Tokenizer
+from tinyllama_jax.errors import DataError
 
 FORMAT_VERSION = 2
 MOST_OPEN_SHARDS = 1024

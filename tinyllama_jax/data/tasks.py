@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tinyllama_jax.config import DataError, Unfinished
 from tinyllama_jax.data import duplicates, items, workers
 from tinyllama_jax.data.plan import ITEMS, Plan, Progress, is_empty
+from tinyllama_jax.errors import DataError, Unfinished
 
 SIGN = "sign"
 

@@ -18,7 +18,6 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from tinyllama_jax.config import ConfigError, DataError
 from tinyllama_jax.data.long_text import PART_BYTES, encode_in_parts
 from tinyllama_jax.data.tokenizer_backends import (
     JSON_CONFIG_FILE,
@@ -29,6 +28,7 @@ from tinyllama_jax.data.tokenizer_backends import (
     JsonBackend,
     SentencePieceBackend,
 )
+from tinyllama_jax.errors import ConfigError, DataError
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # of a vocabulary trained here, as in Llama
 

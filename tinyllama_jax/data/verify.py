@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama_jax.config import DataError, Unfinished
 from tinyllama_jax.data import durable
 from tinyllama_jax.data.columns import CHECKSUM_BYTES
 from tinyllama_jax.data.plan import ITEMS, Progress, silent
@@ -24,6 +23,7 @@ from tinyllama_jax.data.store import MANIFEST, PLAN, TokenStore, check_sha256, p
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.data.verify_shard import Counts, check_shard, end_with_parent
 from tinyllama_jax.data.views import entry_of
+from tinyllama_jax.errors import DataError, Unfinished
 
 VERIFY = "verify"
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data.shards import BIN, DOC, IDX, INDEX_DTYPE, Shard, place_dtype, window_crc
 from tinyllama_jax.data.storage import Storage
 from tinyllama_jax.data.windows import PAD_ID
+from tinyllama_jax.errors import DataError
 
 CHUNK_BYTES = 8 << 20
 NAMED = 5  # windows in one finding; the others are only counted

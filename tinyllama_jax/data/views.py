@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_jax import __version__
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data import durable
 from tinyllama_jax.data.permutation import permute
 from tinyllama_jax.data.shards import read_index
 from tinyllama_jax.data.splits import Split, view_keys
 from tinyllama_jax.data.store import FORMAT_VERSION, MANIFEST, TokenStore
+from tinyllama_jax.errors import DataError
 
 COPIED = ("recipe", "window_tokens", "packing", "dtype", "document_marks", "tokenizer")  # from the store's manifest
 CHUNK = 1 << 16  # window ids computed at once

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tinyllama_jax.config import Unfinished, UserError
 from tinyllama_jax.data import plan
+from tinyllama_jax.errors import Unfinished, UserError
 
 POLL_SECONDS = 0.2
 # Of a worker, set once when it starts.

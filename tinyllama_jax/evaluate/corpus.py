@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
 from tinyllama_jax.data.sources import open_source
 from tinyllama_jax.data.store import Windows
 from tinyllama_jax.data.tokenizer import Tokenizer
+from tinyllama_jax.errors import DataError
 from tinyllama_jax.evaluate.loss import HeldOut
 
 

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tinyllama_jax.config import ConfigError, Execution, Model
+from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.data.pipeline import valid_targets
 from tinyllama_jax.data.store import TokenStore, Windows
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.loss import cross_entropy
 from tinyllama_jax.model import transformer
 from tinyllama_jax.sharding import batch_sharding

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_jax import configio
-from tinyllama_jax.config import ConfigError, DataError, Execution, Mesh, Run
+from tinyllama_jax.config import Execution, Mesh, Run
 from tinyllama_jax.data.durable import write_json
 from tinyllama_jax.data.pipeline import Pipeline, valid_targets
 from tinyllama_jax.data.store import MANIFEST, TokenStore
+from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.evaluate import ngram
 from tinyllama_jax.evaluate.corpus import text_windows
 from tinyllama_jax.evaluate.loss import HeldOut, Validator, held_out

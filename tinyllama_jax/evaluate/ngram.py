@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
+from tinyllama_jax.errors import DataError
 
 _UNIGRAM_PSEUDOCOUNT = 0.5  # Krichevsky & Trofimov 1981; at millions of tokens its value hardly matters
 _PENDING_PAIRS = 1 << 23  # pairs collected between two merges: 64 MiB

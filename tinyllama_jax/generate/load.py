@@ -10,8 +10,9 @@ import jax
 from jax.sharding import Mesh
 
 from tinyllama_jax import configio
-from tinyllama_jax.config import CheckpointError, Model, replace
+from tinyllama_jax.config import Model, replace
 from tinyllama_jax.data.tokenizer import Tokenizer
+from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.model import transformer
 from tinyllama_jax.sharding import param_shardings
 from tinyllama_jax.train import checkpoint

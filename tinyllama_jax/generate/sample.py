@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax.config import ConfigError, Execution, Model
+from tinyllama_jax.config import Execution, Model
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.model import transformer
 
 

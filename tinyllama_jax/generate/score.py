@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tinyllama_jax.config import DataError, Execution, Model
+from tinyllama_jax.config import Execution, Model
+from tinyllama_jax.errors import DataError
 from tinyllama_jax.loss import token_nll
 from tinyllama_jax.model import transformer
 from tinyllama_jax.sharding import batch_sharding

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_jax.config import ConfigError, DataError, Model
+from tinyllama_jax.config import Model
+from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.interop import hf_tokenizer, tensor_files
 from tinyllama_jax.interop.hf_config import model_from_hf, model_to_hf
 from tinyllama_jax.interop.tensor_files import Shape, Stored, read_json, write_json

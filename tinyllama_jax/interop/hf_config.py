@@ -12,7 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tinyllama_jax.config import ConfigError, Model, Rope
+from tinyllama_jax.config import Model, Rope
+from tinyllama_jax.errors import ConfigError
 
 # Field of `Model`, key in config.json, and the value when the key is absent, or a type when it must be there.
 FIELDS: tuple[tuple[str, str, Any], ...] = (

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama_jax import __version__
-from tinyllama_jax.config import DataError
+from tinyllama_jax.errors import DataError
 from tinyllama_jax.lab.draw import last, save, scientific, si, smooth
 from tinyllama_jax.lab.page import CAPTIONS, PAGE, clock, duration, number, table
 from tinyllama_jax.lab.plots import breaks, figures, unique_names

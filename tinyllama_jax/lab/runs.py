@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_jax.config import DataError
+from tinyllama_jax.errors import DataError
 
 TABLES = ("metrics", "validation")  # one record per step, in increasing steps
 _NUMBERS_AS_TEXT = {"nan": math.nan, "inf": math.inf, "infinity": math.inf, "-inf": -math.inf, "-infinity": -math.inf}

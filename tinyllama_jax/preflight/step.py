@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import attention
 from tinyllama_jax.attention import choice
-from tinyllama_jax.config import ConfigError, Run, replace
+from tinyllama_jax.config import Run, replace
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.preflight import collectives
 from tinyllama_jax.preflight.targets import GIB, Target
 from tinyllama_jax.schedules import Plan

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllama_jax.config import UsageError
 from tinyllama_jax.configio import nearest
+from tinyllama_jax.errors import UsageError
 
 GIB = 2**30
 

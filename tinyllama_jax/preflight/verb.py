@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tinyllama_jax import flops
-from tinyllama_jax.config import ConfigError, Run
+from tinyllama_jax.config import Run
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.preflight import search, targets
 from tinyllama_jax.preflight.targets import GIB
 from tinyllama_jax.preflight.worker import Worker, check_installed

@@ -18,7 +18,8 @@ import tempfile
 from typing import Any
 
 from tinyllama_jax import configio
-from tinyllama_jax.config import ConfigError, Run, UsageError
+from tinyllama_jax.config import Run
+from tinyllama_jax.errors import ConfigError, UsageError
 from tinyllama_jax.preflight import targets
 
 INSTALL = "pip install 'tinyllama_jax[preflight]'"

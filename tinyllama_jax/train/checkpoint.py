@@ -35,7 +35,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from tinyllama_jax.config import CheckpointError
+from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train import durable
 
 # Orbax raises what goes wrong and logs it too, as pages of nested tracebacks; the exception is enough.

@@ -15,8 +15,8 @@ import shutil
 import time
 from pathlib import Path
 
-from tinyllama_jax.config import CheckpointError
 from tinyllama_jax.data.durable import sync
+from tinyllama_jax.errors import CheckpointError
 
 _FINAL = re.compile(r"\d{8,}")
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyllama_jax.config import ConfigError, UserError
+from tinyllama_jax.errors import ConfigError, UserError
 
 LOCK_NAME = ".lock"
 

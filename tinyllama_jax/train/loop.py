@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from tinyllama_jax import attention, configio, flops
-from tinyllama_jax.config import ConfigError, Execution, Preempted, Run
+from tinyllama_jax.config import Execution, Run
 from tinyllama_jax.data.durable import write_json
 from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.pipeline import Pipeline
+from tinyllama_jax.errors import ConfigError, Preempted
 from tinyllama_jax.evaluate.loss import Validator, held_out
 from tinyllama_jax.generate.load import prompt_tokens
 from tinyllama_jax.generate.sample import generate

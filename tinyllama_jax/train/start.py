@@ -11,11 +11,12 @@ from pathlib import Path
 import jax
 
 from tinyllama_jax import __version__, configio, flops
-from tinyllama_jax.config import CheckpointError, ConfigError, DataError, Run
+from tinyllama_jax.config import Run
 from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.plan import silent
 from tinyllama_jax.data.prepare import prepare
 from tinyllama_jax.data.store import MANIFEST, TokenStore
+from tinyllama_jax.errors import CheckpointError, ConfigError, DataError
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.train import checkpoint
 from tinyllama_jax.train.checkpoint import Checkpoints

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import optim
-from tinyllama_jax.config import ConfigError, Run
+from tinyllama_jax.config import Run
 from tinyllama_jax.data.pipeline import Batch
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.loss import training_loss
 from tinyllama_jax.model import transformer
 from tinyllama_jax.schedules import Plan

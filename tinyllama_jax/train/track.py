@@ -25,8 +25,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tinyllama_jax.config import ConfigError, Run
+from tinyllama_jax.config import Run
 from tinyllama_jax.configio import to_dict
+from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.schedules import Plan
 
 PLAIN_SECONDS = 10.0  # between progress lines when stderr is not a terminal
