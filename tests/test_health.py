@@ -7,13 +7,14 @@ import threading
 import pytest
 
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.train import health
+from tinyllama_jax.train import health, rollback
+from tinyllama_jax.train.notice import Notice
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_a_flag_and_handlers_are_put_back(number):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with health.StopSignal() as stop:
+    with Notice() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
         assert stop.requested and stop.name == number.name
@@ -21,7 +22,7 @@ def test_a_signal_sets_a_flag_and_handlers_are_put_back(number):
 
 
 def test_the_second_interrupt_interrupts_at_once():
-    with health.StopSignal() as stop:
+    with Notice() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may lose its patience too; that is no second Ctrl-C
         assert stop.name == "SIGTERM"
@@ -33,7 +34,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     seen = []
 
     def body():
-        with health.StopSignal() as stop:
+        with Notice() as stop:
             seen.append(stop.requested)
 
     before = signal.getsignal(signal.SIGTERM)
@@ -44,10 +45,9 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
 
 def test_consecutive_skips_end_the_run_with_a_status_that_may_be_retried():
-    health.check_skips(19, 20, 100)
-    with pytest.raises(health.Diverged, match="last 20 steps up to step 100 were skipped") as caught:
-        health.check_skips(20.0, 20, 100)
-    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+    error = health.diverged(rollback.TooManySkips(100, 20), 2)
+    assert "last 20 steps up to step 100 were skipped" in str(error) and "after 2 rollback(s)" in str(error)
+    assert error.exit_status == 1 and "\n" not in str(error)
 
 
 def test_one_process_per_run_directory(tmp_path):

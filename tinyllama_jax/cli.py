@@ -101,6 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="continue although fields that decide the numbers differ from the checkpoint's",
     )
+    several = sub.add_argument_group("several processes", "found from Slurm, Open MPI, GKE or TPU when not given")
+    several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="where process 0 can be reached")
+    several.add_argument("--processes", type=int, default=0, metavar="N", help="how many train together")
+    several.add_argument("--process", type=int, default=-1, metavar="I", help="which of them this is, from 0")
     settings(sub)
 
     sub = verb(

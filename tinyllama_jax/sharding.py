@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import Mesh as DeviceMesh
@@ -149,3 +150,17 @@ def batch_axes(x: jax.Array) -> BatchAxes:
 def gather(x: jax.Array) -> jax.Array:
     """`x` whole on every device: FSDP's all-gather before use.  Its transpose is the gradient's reduce-scatter."""
     return reshard(x, P(*[None] * x.ndim))
+
+
+def place(tree: Any, mesh: DeviceMesh, spec: P | None = None) -> Any:
+    """Host arrays, the same in every process, as global arrays on `mesh`: replicated, or as `spec` says.
+
+    `jax.device_put` would do it with one process; with several it first compares the values over the network.
+    """
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        sharding = NamedSharding(mesh, P(*[None] * x.ndim) if spec is None else spec)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from tinyllama_jax import configio, verbs_data
+from tinyllama_jax import configio, distributed, verbs_data
 from tinyllama_jax.config import Mesh, Run
 from tinyllama_jax.errors import ConfigError, DataError, UserError
 from tinyllama_jax.terminal import Progress, answer, say
@@ -24,16 +24,19 @@ def resolved(args: argparse.Namespace) -> Run:
 
 def train(args: argparse.Namespace) -> None:
     run = resolved(args)
-    from tinyllama_jax.train.loop import train
+    where = distributed.place(args.coordinator, args.processes, args.process)
+    with distributed.joined(where, peer_seconds=run.health.peer_seconds) as peers:
+        from tinyllama_jax.train.loop import train
 
-    with Progress() as progress:
-        train(
-            run,
-            Path(args.workdir),
-            experiment=args.experiment,
-            allow_config_change=args.allow_config_change,
-            progress=progress,
-        )
+        with Progress() as progress:
+            train(
+                run,
+                Path(args.workdir),
+                experiment=args.experiment,
+                allow_config_change=args.allow_config_change,
+                progress=progress,
+                peers=peers,
+            )
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -41,7 +44,7 @@ def demo(args: argparse.Namespace) -> None:
     from tinyllama_jax.lab.report import write_report
 
     started, workdir = time.monotonic(), Path(args.workdir)
-    args.allow_config_change = False
+    args.allow_config_change, args.coordinator, args.processes, args.process = False, "", 1, -1
     train(args)
     value = measure(str(workdir), baselines=True)
     page = write_report(workdir)

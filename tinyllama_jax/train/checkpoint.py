@@ -50,7 +50,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | Path, *, keep_temporary: int, on_event: Callable[[str, int], None] | None = None
+        self,
+        directory: str | Path,
+        *,
+        keep_temporary: int,
+        on_event: Callable[[str, int], None] | None = None,
+        peers=None,
+        barrier_seconds: float = 900.0,
     ):
         if jax.process_count() > 1:
             raise CheckpointError("checkpoints of a run over several processes are not supported; use one process")
@@ -76,6 +82,11 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
         return durable.steps(self.directory)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed and nobody has been told."""
+        return self._failure is not None
 
     def peek(self) -> dict | None:
         """Metadata of the newest checkpoint whose metadata is intact.  Reads no arrays and renames nothing."""
@@ -185,6 +196,18 @@ class Checkpoints:
                 "or delete them all to start from nothing"
             )
         return None
+
+
+def steps(directory: str | Path) -> list[int]:
+    """Committed steps in a directory of checkpoints, ascending."""
+    return durable.steps(Path(directory)) if Path(directory).is_dir() else []
+
+
+def set_aside_after(directory: str | Path, step: int) -> None:
+    """Renames the checkpoints after `step` to `<step>.left`; none is deleted."""
+    for later in [s for s in steps(directory) if s > step]:
+        path = durable.path_of(Path(directory), later)
+        path.rename(durable.free_name(path, "left"))
 
 
 def load(path: str | Path, items: dict[str, object]) -> dict[str, object]:

@@ -63,12 +63,18 @@ def is_permanent(path: Path) -> bool:
         return True  # unreadable: not ours to delete
 
 
-def set_aside(path: Path) -> str:
-    """Renames a damaged checkpoint; returns its new name."""
-    target, number = path.with_name(f"{path.name}.corrupt"), 1
+def free_name(path: Path, word: str) -> Path:
+    """`path`.word, or with a number behind it if that is taken."""
+    target, number = path.with_name(f"{path.name}.{word}"), 1
     while target.exists():
         number += 1
-        target = path.with_name(f"{path.name}.corrupt{number}")
+        target = path.with_name(f"{path.name}.{word}{number}")
+    return target
+
+
+def set_aside(path: Path) -> str:
+    """Renames a damaged checkpoint; returns its new name."""
+    target = free_name(path, "corrupt")
     try:
         path.rename(target)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a long run needs besides arithmetic: a directory of its own, an ear for signals, and a reason to give up."""
+"""What a long run needs besides arithmetic: a directory of its own, room on the disk, and a reason to give up."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import fcntl
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tinyllama_jax.errors import ConfigError, UserError
+from tinyllama_jax.train.rollback import TooManySkips
 
 LOCK_NAME = ".lock"
 
@@ -22,48 +22,14 @@ class Diverged(UserError):
     exit_status = 1
 
 
-class StopSignal:
-    """SIGTERM or SIGINT asks the loop to save and stop: `requested` turns true and `name` says which.
-
-    A second SIGINT interrupts at once, for a person who will not wait.  Handlers are put back on exit.  Signals can
-    only be handled in the main thread; elsewhere this never turns true.
-    """
-
-    def __init__(self):
-        self.name = ""
-        self._interrupted = False
-        self._before = {}
-
-    @property
-    def requested(self) -> bool:
-        return bool(self.name)
-
-    def __enter__(self) -> StopSignal:
-        with contextlib.suppress(ValueError):  # not the main thread
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame) -> None:
-        if number == signal.SIGINT:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-        self.name = signal.Signals(number).name
-
-
-def check_skips(consecutive: float, max_skips: int, step: int) -> None:
-    """Raises Diverged when `max_skips` steps in a row, up to `step`, left the weights as they were."""
-    if consecutive >= max_skips:
-        raise Diverged(
-            f"diverged: the last {int(consecutive)} steps up to step {step} were skipped (loss or gradient not finite, "
-            "or beyond optimizer.skip_sigma); go back to an earlier checkpoint with a lower lr.peak, a longer "
-            "lr.warmup_tokens or a smaller optimizer.clip_norm, and look at metrics.jsonl for where it began"
-        )
+def diverged(failed: TooManySkips, rollbacks: int) -> Diverged:
+    """What to tell the user when going back has not helped, or is not allowed."""
+    tried = f", after {rollbacks} rollback(s)" if rollbacks else ""
+    return Diverged(
+        f"diverged: {failed} (loss or gradient not finite, or beyond optimizer.skip_sigma){tried}; go back to an "
+        "earlier checkpoint with a lower lr.peak, a longer lr.warmup_tokens or a smaller optimizer.clip_norm, and look "
+        "at metrics.jsonl for where it began"
+    )
 
 
 def check_space(workdir: str | Path, need_bytes: int) -> None:

@@ -3,6 +3,10 @@
 Step t is dispatched, then batch t+1 is fetched while the device works, then the metrics of step t-1 are read; so the
 host never waits for the step it has just started.  What is due (validation, checkpoints, stage ends) follows from
 the tokens seen, so that a resumed run does what the uninterrupted one would have done.
+
+Every process of a run goes through here in the same way.  What only a clock or a signal can tell (stop, save now) is
+asked for by any of them with its next step and decided for all in that step's metrics (ballot.py); process 0 alone
+writes the records.
 """
 
 from __future__ import annotations
@@ -17,75 +21,129 @@ import numpy as np
 from tinyllama_jax import attention, configio, flops
 from tinyllama_jax.config import Execution, Run
 from tinyllama_jax.data.durable import write_json
-from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.pipeline import Pipeline
-from tinyllama_jax.errors import ConfigError, Preempted
+from tinyllama_jax.distributed import ALONE, Peers
+from tinyllama_jax.errors import CheckpointError, ConfigError, Preempted
 from tinyllama_jax.evaluate.loss import Validator, held_out
 from tinyllama_jax.generate.load import prompt_tokens
 from tinyllama_jax.generate.sample import generate
 from tinyllama_jax.schedules import Plan, learning_rate
-from tinyllama_jax.sharding import computing, make_mesh, replicated
-from tinyllama_jax.train import health, start, step, track
+from tinyllama_jax.sharding import computing, make_mesh, place
+from tinyllama_jax.train import ballot, health, rollback, start, step, track
 from tinyllama_jax.train import state as train_state
+from tinyllama_jax.train.ballot import Wants
 from tinyllama_jax.train.checkpoint import Checkpoints
+from tinyllama_jax.train.notice import Notice
+from tinyllama_jax.train.record import Record
+from tinyllama_jax.train.saving import SaveFailed, Saver
+from tinyllama_jax.train.watchdog import Watchdog
 
 
-def train(run: Run, workdir: Path, *, experiment: str = "", allow_config_change: bool = False, progress=None) -> None:
+def train(
+    run: Run,
+    workdir: Path,
+    *,
+    experiment: str = "",
+    allow_config_change: bool = False,
+    progress=None,
+    peers: Peers = ALONE,
+) -> None:
     """Trains `run` in `workdir`, continuing from its newest good checkpoint if there is one.
 
-    Returns when the curriculum is complete (at once if it already was).  Raises Preempted after SIGTERM or SIGINT,
-    once everything is saved, and UserError for what the user can mend.
+    peers: the processes that train it together, all on one shared `workdir`.
+    Returns when the curriculum is complete (at once if it already was).  Raises Preempted after SIGTERM or another
+    notice (notice.py), once everything is saved, and UserError for what the user can mend.
     """
-    with health.claim(workdir), health.StopSignal() as stop:
-        tracker = None
+    claimed = health.claim(workdir) if peers.lead else contextlib.nullcontext()
+    with claimed:
+        peers.tell("run directory claimed")
+        with Notice(workdir) as stop, Watchdog(run.health.watchdog_seconds, peers) as watchdog:
+            while True:
+                rollbacks = peers.tell("rollbacks", rollback.read(workdir) if peers.lead else None)
+                try:
+                    _train(
+                        rollback.applied(run, rollbacks),
+                        workdir,
+                        experiment,
+                        allow_config_change,
+                        progress,
+                        peers,
+                        stop,
+                        watchdog,
+                    )
+                    return
+                except rollback.TooManySkips as failed:
+                    if len(rollbacks) >= run.health.max_rollbacks:
+                        raise health.diverged(failed, len(rollbacks)) from None
+                    back = {"from": failed.step, "to": start.go_back(run, workdir, failed, peers)}
+                    if peers.lead:
+                        rollback.write(workdir, [*rollbacks, back])
+                        start.say(
+                            f"{failed}: back to step {back['to']}, and past the batches of steps {back['to']} to "
+                            f"{failed.step} ({len(rollbacks) + 1} of health.max_rollbacks={run.health.max_rollbacks})"
+                        )
+                    peers.tell("rolled back")
 
-        def checkpoint_event(kind: str, at: int) -> None:
-            if tracker is not None:
-                tracker.event(f"checkpoint_{kind}", step=at)
 
-        plan = Plan(run.curriculum, run.data.sequence_tokens)
-        checkpoints = Checkpoints(
-            workdir / "checkpoints", keep_temporary=run.checkpoint.keep_temporary, on_event=checkpoint_event
-        )
-        store = start.open_store(run, progress)
-        pipeline = Pipeline(
-            store,
-            run.data,
-            plan,
-            run.seed,
-            vocab_size=run.model.vocab_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        if start.is_finished(run, plan, store, pipeline.order, checkpoints, allow_config_change=allow_config_change):
-            start.say(f"{workdir}: finished at step {plan.total_steps}; nothing left to do")
-            return
-        mesh = make_mesh(run.mesh)
-        step.check_batches(run, plan, mesh)
-        # Weights and two moments in float32; a new checkpoint is complete before the one it replaces is removed.
+def _train(run, workdir, experiment, allow_config_change, progress, peers, stop, watchdog) -> None:
+    tracker = None
+
+    def checkpoint_event(kind: str, at: int) -> None:
+        if tracker is not None:
+            tracker.event(f"checkpoint_{kind}", step=at)
+
+    plan = Plan(run.curriculum, run.data.sequence_tokens)
+    checkpoints = Checkpoints(
+        start.checkpoint_directory(run, workdir),
+        keep_temporary=run.checkpoint.keep_temporary,
+        on_event=checkpoint_event,
+        peers=peers,
+        barrier_seconds=run.checkpoint.barrier_seconds,
+    )
+    watchdog.at("preparing the data", slow=True)
+    store = start.open_store(run, progress, peers)
+    pipeline = Pipeline(
+        store,
+        run.data,
+        plan,
+        run.seed,
+        vocab_size=run.model.vocab_size,
+        process_index=peers.index,
+        process_count=peers.count,
+    )
+    order = pipeline.order
+    if start.is_finished(run, plan, store, order, checkpoints, peers, allow_config_change=allow_config_change):
+        start.say(f"{workdir}: finished at step {plan.total_steps}; nothing left to do", peers)
+        return
+    mesh = make_mesh(run.mesh)
+    step.check_batches(run, plan, mesh)
+    # Weights and two moments in float32; a new checkpoint is complete before the one it replaces is removed.
+    if peers.lead and not run.checkpoint.directory:
         health.check_space(workdir, 2 * 3 * 4 * flops.parameter_counts(run.model)["total"])
-        with computing(mesh, run.model.compute_dtype):
-            name, reason = attention.choose(run.execution.attention, attention.Call.of(run))
-            target = train_state.abstract(run, mesh)
-            done, state, how = start.begin(
-                run, plan, store, pipeline.order, checkpoints, target, mesh, allow_config_change=allow_config_change
-            )
+    with computing(mesh, run.model.compute_dtype):
+        name, reason = attention.choose(run.execution.attention, attention.Call.of(run))
+        target = train_state.abstract(run, mesh)
+        watchdog.at("restoring", slow=True)
+        done, state, how = start.begin(
+            run, plan, store, order, checkpoints, target, mesh, allow_config_change=allow_config_change
+        )
+        if peers.lead:
             write_json(workdir / "run.json", start.describe(run, plan, store, mesh, experiment))
-            tracker = track.Tracker(workdir, run, plan, resume_step=done)
-            try:
-                tracker.event("start", how=how, step=done)
-                tracker.event("attention", implementation=name, reason=reason)
-                start.say(f"attention: {name} ({reason})")
-                start.say(f"{workdir}: {how}; {plan.total_steps - done} steps to go")
-                with checkpoints, contextlib.closing(pipeline.iterate(done, plan.total_steps)) as batches:
-                    _steps(run, plan, store, batches, pipeline.order, mesh, state, done, checkpoints, tracker, stop)
-            finally:
-                tracker.close()
+        tracker = track.Tracker(workdir, run, plan, resume_step=done) if peers.lead else track.Silence()
+        try:
+            tracker.event("start", how=how, step=done)
+            tracker.event("attention", implementation=name, reason=reason)
+            start.say(f"attention: {name} ({reason})", peers)
+            start.say(f"{workdir}: {how}; {plan.total_steps - done} steps to go", peers)
+            with checkpoints, contextlib.closing(pipeline.iterate(done, plan.total_steps)) as batches:
+                _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tracker, peers, stop, watchdog)
+        finally:
+            tracker.close()
 
 
-def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tracker, stop) -> None:
+def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tracker, peers, stop, watchdog) -> None:
     """From `done` steps to the end of the plan."""
-    train_step = step.make_train_step(run)
+    train_step = ballot.with_wants(step.make_train_step(run), mesh, peers)
     rate = learning_rate(run.lr, plan)
     tokenizer = store.tokenizer()
     validator = Validator(
@@ -101,8 +159,7 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
     room = run.model.context_tokens - max(map(len, prompts), default=0)
     if room < 1:  # better now than at the first stage's end
         raise ConfigError(f"evaluation.prompts: one fills the model's context of {run.model.context_tokens} tokens")
-    describe = _Describe(run, plan, order)
-    scalar = replicated(mesh)
+    record = Record(run, plan, order)
 
     def fetch() -> tuple[dict, float]:
         """The next batch on the devices, and the seconds that the data made us wait."""
@@ -114,18 +171,22 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
 
     def read_metrics() -> None:
         """Waits for the step in flight and writes its line; stops the run if it has diverged."""
-        nonlocal pending, last
+        nonlocal pending, last, decided
         if pending is None:
             return
-        index, metrics, waited, first = pending
+        index, metrics, wants, waited, first = pending
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        decided = ballot.read(wants)
         now = time.perf_counter()
-        tracker.step(describe(index, metrics, rate, seconds=now - last, waited=waited, compiled=first))
+        watchdog.took(now - last)
+        tracker.step(record(index, metrics, rate, seconds=now - last, waited=waited, compiled=first))
         pending, last = None, now
-        health.check_skips(metrics["consecutive_skips"], run.optimizer.max_skips, index + 1)
+        if metrics["consecutive_skips"] >= run.optimizer.max_skips:
+            raise rollback.TooManySkips(index + 1, int(metrics["consecutive_skips"]))
 
     def validate(at: int) -> None:
         before = time.perf_counter()
+        watchdog.at(f"validation at step {at}", slow=True)
         domains = validator(state["params"])
         tracker.validation(
             {
@@ -139,6 +200,7 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
     def sample(at: int) -> None:
         if not prompts:
             return
+        watchdog.at(f"samples at step {at}", slow=True)
         answers = generate(
             state["params"],
             run.model,
@@ -155,7 +217,8 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
             text = tokenizer.decode(ids + answer).removeprefix(prompt)
             tracker.sample({"step": at, "tokens": plan.tokens_at(at), "prompt": prompt, "text": text})
 
-    def save(at: int, *, permanent: bool, blocking: bool) -> None:
+    def write(at: int, permanent: bool, blocking: bool) -> None:
+        watchdog.at(f"saving step {at}", slow=True)
         tracker.sync()  # the lines up to this step are on disk before the checkpoint that vouches for them
         meta = {
             "step": at,
@@ -171,8 +234,17 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
         }
         checkpoints.save(at, state, meta, permanent=permanent, blocking=blocking, tokenizer_files=tokenizer.files)
 
-    pending, last = None, time.perf_counter()
-    saved_at = time.monotonic()
+    def warn(at: int, text: str) -> None:
+        tracker.event("save_failed", step=at, error=text)
+        start.say(f"checkpoint: {text}", peers)
+
+    saver = Saver(run.checkpoint, write, warn)
+
+    def wants() -> Wants:
+        """What this process asks of all; the clock is process 0's."""
+        return Wants(stop=stop.requested, save=peers.lead and saver.due(), failed=checkpoints.failed)
+
+    pending, last, decided = None, time.perf_counter(), Wants()
     if done == 0:
         validate(0)
     batch, waited = fetch()
@@ -182,27 +254,30 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
         before_tokens, tokens = plan.tokens_at(index), plan.tokens_at(now)
         first = batch["tokens"].shape not in compiled_shapes
         compiled_shapes.add(batch["tokens"].shape)
-        lr, number = jax.device_put((np.float32(rate(tokens)), np.int32(index)), scalar)
-        state, metrics = train_step(state, batch, lr, number)
-        in_flight = (index, metrics, waited, first)
+        watchdog.at(f"step {now}", slow=first)
+        lr, number = place((np.float32(rate(tokens)), np.int32(index)), mesh)
+        state, metrics, asked = train_step(state, batch, lr, number, wants)
+        in_flight = (index, metrics, asked, waited, first)
         if now < plan.total_steps:
             batch, waited = fetch()
         read_metrics()  # of the step before
         pending = in_flight
+        asked = wants() if peers.count == 1 else decided
 
+        if asked.failed:  # in the background, in some process
+            try:
+                checkpoints.wait()
+            except CheckpointError as error:
+                saver.failure(now, error)
         border = now == stage.end_step
-        asked_to_stop = stop.requested
         due_validation = border or _passes(before_tokens, tokens, run.evaluation.every_tokens)
         permanent = (
             border
             or _passes(before_tokens, tokens, run.checkpoint.permanent_tokens)
             or any(before_tokens < mark <= tokens for mark in run.checkpoint.permanent_at_tokens)
         )
-        temporary = (
-            (run.checkpoint.temporary_steps and now % run.checkpoint.temporary_steps == 0)
-            or (run.checkpoint.temporary_seconds and time.monotonic() - saved_at > run.checkpoint.temporary_seconds)
-            or asked_to_stop
-        )
+        every = run.checkpoint.temporary_steps
+        temporary = asked.save or asked.stop or (every and now % every == 0)
         if due_validation or permanent or temporary:
             read_metrics()
             if due_validation:
@@ -211,54 +286,20 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
                 sample(now)
                 tracker.event("stage_end", stage=stage.name, step=now, tokens=tokens)
             if permanent or temporary:
-                save(now, permanent=permanent, blocking=border or asked_to_stop)
-                saved_at = time.monotonic()
+                saver.save(now, permanent=permanent, essential=border or asked.stop)
             last = time.perf_counter()  # the pause does not count as the next step's time
-        if asked_to_stop and now < plan.total_steps:
-            tracker.event("stopped", step=now, signal=stop.name)
-            raise Preempted(f"stopped by {stop.name} at step {now}; all saved, start again with the same command")
-    checkpoints.wait()
+        if asked.stop and now < plan.total_steps:
+            why = next(filter(None, peers.gather("stop", stop.name)), "another process")
+            tracker.event("stopped", step=now, signal=why)
+            raise Preempted(f"stopped by {why} at step {now}; all saved, start again with the same command")
+    watchdog.at("ending", slow=True)
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        raise SaveFailed(str(error)) from error
     tracker.event("finished", step=plan.total_steps)
 
 
 def _passes(before: int, after: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]; never for 0."""
     return bool(every) and after // every > before // every
-
-
-class _Describe:
-    """Turns a step's raw metrics into its line in metrics.jsonl.  Whatever the clock decides is under `timing`."""
-
-    def __init__(self, run: Run, plan: Plan, order: Order):
-        self.run, self.plan, self.order = run, plan, order
-        length = run.data.sequence_tokens
-        self.flops = {c: flops.flops_per_token(run.model, length, c) for c in ("palm", "causal")}
-        device_peak = run.tracking.peak_flops_per_device or flops.peak_flops(jax.devices()[0].device_kind)
-        self.peak = device_peak * jax.device_count() if device_peak else None
-
-    def __call__(self, index: int, metrics: dict, rate, *, seconds: float, waited: float, compiled: bool) -> dict:
-        stage, tokens = self.plan.at_step(index), self.plan.tokens_at(index + 1)
-        before, after = self.order.counts(index), self.order.counts(index + 1)
-        speed = stage.batch_tokens / seconds
-        timing = {"time": time.time(), "step_s": seconds, "data_wait_s": waited, "tokens_per_s": speed}
-        if compiled:
-            timing["compiled"] = True  # this step's time includes compilation
-        if self.peak:
-            timing |= {f"mfu_{c}": speed * f / self.peak for c, f in self.flops.items()}
-        return {
-            "step": index + 1,
-            "tokens": tokens,
-            "loss": metrics["loss"],
-            **({"z_loss": metrics["z_loss"]} if "z_loss" in metrics else {}),  # with optimizer.z_loss
-            "lr": rate(tokens),
-            "grad_norm": metrics["grad_norm"],
-            "param_norm": metrics["param_norm"],
-            "skipped": int(metrics["skipped"]),
-            "valid_tokens": int(metrics["valid_tokens"]),
-            "stage": stage.name,
-            "batch_tokens": stage.batch_tokens,
-            "mixture": {s: (after[s] - before[s]) / stage.batch_sequences for s in after},
-            "epoch": self.order.epoch(index + 1),
-            "flops": self.flops["palm"] * tokens,
-            "timing": timing,
-        }

@@ -16,25 +16,43 @@ from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.plan import silent
 from tinyllama_jax.data.prepare import prepare
 from tinyllama_jax.data.store import MANIFEST, TokenStore
+from tinyllama_jax.distributed import ALONE, Peers
 from tinyllama_jax.errors import CheckpointError, ConfigError, DataError
 from tinyllama_jax.schedules import Plan
-from tinyllama_jax.train import checkpoint
+from tinyllama_jax.train import checkpoint, rollback
 from tinyllama_jax.train.checkpoint import Checkpoints
 from tinyllama_jax.train.state import State, init
 
 SAME_NUMBERS = "the numbers would no longer be those of one run"
 
 
-def say(text: str) -> None:
-    """A line for the person at the terminal; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+def say(text: str, peers: Peers = ALONE) -> None:
+    """A line for the person at the terminal, from process 0; stdout is for results."""
+    if peers.lead:
+        print(text, file=sys.stderr, flush=True)
 
 
-def open_store(run: Run, progress=None) -> TokenStore:
-    """The run's token store, made by its recipe when it is missing.
+def checkpoint_directory(run: Run, workdir: Path) -> str | Path:
+    return run.checkpoint.directory or workdir / "checkpoints"
+
+
+def open_store(run: Run, progress=None, peers: Peers = ALONE) -> TokenStore:
+    """The run's token store, made by its recipe when it is missing: by process 0, while the others wait.
 
     Raises DataError when it is missing without a recipe, damaged, or marked otherwise than the run asks.
     """
+    if peers.lead:
+        store = _open_store(run, progress)
+        peers.tell("store", store.manifest_sha256)
+        return store
+    expected = peers.tell("store")
+    store = _open_store(run, progress)
+    if store.manifest_sha256 != expected:
+        raise DataError(f"{store.path}: another token store here than on {peers.names[0]}; share it or copy it again")
+    return store
+
+
+def _open_store(run: Run, progress) -> TokenStore:
     path, remote = run.data.store, "://" in run.data.store
     if not remote and run.data.recipe is not None and not (Path(path) / MANIFEST).exists():
         say(f"token store {path} does not exist yet: preparing it from {', '.join(run.data.recipe.sources)}")
@@ -104,10 +122,17 @@ def fork_checkpoint(run: Run, store: TokenStore) -> tuple[Path, dict]:
 
 
 def is_finished(
-    run: Run, plan: Plan, store: TokenStore, order: Order, checkpoints: Checkpoints, *, allow_config_change: bool
+    run: Run,
+    plan: Plan,
+    store: TokenStore,
+    order: Order,
+    checkpoints: Checkpoints,
+    peers: Peers = ALONE,
+    *,
+    allow_config_change: bool,
 ) -> bool:
     """Whether the newest checkpoint is the plan's end; raises ConfigError if it is of another configuration."""
-    meta = checkpoints.peek()
+    meta = peers.tell("newest checkpoint", checkpoints.peek() if peers.lead else None)
     if meta is None:
         return False
     check_resume(run, meta, store, order, allow_config_change=allow_config_change)
@@ -139,6 +164,16 @@ def begin(
             raise ConfigError(f"fork.tokens={run.fork.tokens} is the end of the curriculum; nothing is left to train")
         return step, checkpoint.load(path, target), f"forked from {path} at step {step}"
     return 0, init(run, mesh), "started from fresh weights"
+
+
+def go_back(run: Run, workdir: Path, failed: rollback.TooManySkips, peers: Peers) -> int:
+    """The step to go back to; the checkpoints after it are set aside under another name, none is deleted."""
+    to = None
+    if peers.lead:
+        directory = checkpoint_directory(run, workdir)
+        to = rollback.target(checkpoint.steps(directory), failed)
+        checkpoint.set_aside_after(directory, to)
+    return peers.tell("back to", to)
 
 
 def versions() -> dict[str, str]:
@@ -176,7 +211,12 @@ def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> 
             "train_flops_per_token": {c: flops.flops_per_token(run.model, length, c) for c in ("palm", "causal")},
         },
         "store": store_identity(store),
-        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "mesh": dict(mesh.shape)},
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+            "mesh": dict(mesh.shape),
+        },
         "versions": versions(),
     }
 
