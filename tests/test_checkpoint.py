@@ -211,14 +211,13 @@ def test_damage_to_any_file_is_noticed_and_the_one_before_is_used(template, tmp_
 def test_an_array_that_is_not_what_was_saved_is_noticed_even_when_its_file_is_intact(run, states, mesh, capfd):
     """The checksums of files cannot see what went wrong before they were taken."""
     meta = run / "checkpoints/00000020/meta.json"
-    crc = checkpoint.read_meta(meta.parent)["checkpoint"]["leaves"]["params"]["embed"]["crc32"]
-    meta.write_text(meta.read_text().replace(str(crc), str(crc ^ 1)))
-    durable.seal(meta.parent)
+    print_ = checkpoint.read_meta(meta.parent)["checkpoint"]["leaves"]["params"]["embed"]["fingerprint"]
+    meta.write_text(meta.read_text().replace(print_, f"{int(print_, 16) ^ 1:016x}"))
     (meta.parent / "checksums.json").unlink()
     durable.seal(meta.parent)
     step, _, _ = Checkpoints(run / "checkpoints", keep_temporary=2).restore(abstract(states[10], mesh))
     assert step == 10
-    assert "params.embed differs from its checksum" in capfd.readouterr().err
+    assert "params.embed differs from its fingerprint" in capfd.readouterr().err
 
 
 def test_corrupt_names_are_numbered(run, states, mesh):
@@ -288,7 +287,7 @@ def test_peek_passes_over_damaged_metadata_and_touches_nothing(run, tmp_path):
 def test_permanent_blocking_saves_are_read_back(tmp_path, states):
     def sabotage(kind, step):
         if kind == "committed":
-            flip(next((tmp_path / "00000005/params").rglob("manifest.ocdbt")))
+            flip(next((tmp_path / "00000005/params").rglob("_METADATA")))
 
     checkpoints = Checkpoints(tmp_path, keep_temporary=2, on_event=sabotage)
     with pytest.raises(CheckpointError, match="read back right after writing, now 00000005.corrupt"):

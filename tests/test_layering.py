@@ -21,7 +21,7 @@ NO_JAX = {
     "lab.repetition",
 }
 ONE_HOME = {
-    "orbax": {"train.checkpoint"},
+    "orbax": {"train.checkpoint_files"},
     "grain": {"data.pipeline"},
     **dict.fromkeys(("tokenizers", "sentencepiece"), {"data.tokenizer", "data.tokenizer_backends"}),
     **dict.fromkeys(("pyarrow", "zstandard", "tensorflow_datasets", "array_record"), {"data.readers"}),

@@ -76,9 +76,38 @@ class Storage:
         for _ in (self._threads if self.remote else _Here()).map(function, *arguments):
             pass
 
+    def write(self, name: str, data: bytes) -> None:
+        """A remote file, which is there wholly or not at all; OSError."""
+        with _as_oserror():
+            self._filesystem.pipe_file(self.where(name), data)
+
+    def upload(self, files: dict[str, Path]) -> None:
+        """Local files to the remote names given; OSError."""
+        with _as_oserror():
+            self.each(lambda name, path: self._filesystem.put_file(str(path), self.where(name)), *_columns(files))
+
+    def download(self, files: dict[str, Path]) -> None:
+        """Remote files, by name, to local ones; OSError, FileNotFoundError if there is no such file."""
+        for path in files.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with _as_oserror():
+            self.each(lambda name, path: self._filesystem.get_file(self.where(name), str(path)), *_columns(files))
+
+    def copy(self, name: str, target: str) -> None:
+        with _as_oserror():
+            self._filesystem.cp_file(self.where(name), self.where(target))
+
+    def remove(self, name: str) -> None:
+        with _as_oserror():
+            self._filesystem.rm_file(self.where(name))
+
     @functools.cached_property
     def _threads(self) -> concurrent.futures.Executor:
         return concurrent.futures.ThreadPoolExecutor(REMOTE_READS)
+
+
+def _columns(files: dict[str, Path]) -> tuple[list[str], list[Path]]:
+    return list(files), list(files.values())
 
 
 class _Here:

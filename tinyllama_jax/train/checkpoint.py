@@ -1,52 +1,48 @@
-"""Checkpoints that survive kills, full disks and flipped bits.  The only module that imports orbax.
+"""Checkpoints that survive kills, full disks and flipped bits, of a run in one process or in many.
 
 A checkpoint is a directory, `<checkpoints>/<step, 8 digits>/`:
 
     meta.json        what the caller gave, and under "checkpoint": step, permanent or not, and for every array its
-                     shape, dtype and CRC32
-    params/          one orbax directory per item (`optimizer/` likewise; absent in imported weights)
+                     shape, dtype and fingerprint (see fingerprint.py)
+    params/          the arrays of one item (see checkpoint_files.py; `optimizer/` likewise, absent in imported weights)
     tokenizer/       the tokenizer's files
     checksums.json   SHA-256 of every other file
 
 It is written under a temporary name and renamed when every byte is on the disk; the rename is the commit, so a
-directory with a final name was once complete.  Whatever differs from its checksums later is damage: orbax itself loads
-flipped bits without a word.
+directory with a final name was once complete (places.py has what object stores do instead).  Whatever differs from its
+checksums later is damage: orbax itself loads flipped bits without a word.  The fingerprints are taken from the arrays
+as they were given to `save`, and compared with what lies on the devices after a restore: they cover all in between.
 
-Arrays are written by `ocp.save` from NumPy copies in one thread of our own, not by `ocp.save_async` from jax arrays:
-the copy makes it safe to donate the state to the next step, the thread touches neither jax devices nor the mesh (which
-`jax.set_mesh` sets for one thread only), and checksums and commit follow in the same thread.  The price is one copy of
-the state in host memory, and that a single process must be able to see all of it.
+`save` copies to the host what this process writes, and returns; the rest happens in one thread of each process, which
+starts nothing on a device.  The processes go from phase to phase together (agree.py), and process 0 does what there is
+only one of: metadata, commit, clearing away.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shutil
 import sys
 import threading
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from orbax.checkpoint import v1 as ocp
 
 from tinyllama_jax.errors import CheckpointError
-from tinyllama_jax.train import durable
-
-# Orbax raises what goes wrong and logs it too, as pages of nested tracebacks; the exception is enough.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+from tinyllama_jax.train import checkpoint_files, durable, fingerprint, named, restoring
+from tinyllama_jax.train.agree import ALONE, Peers, together
+from tinyllama_jax.train.places import Lone, place_of
+from tinyllama_jax.train.saving import Save, not_written
 
 
 class Checkpoints:
-    """The checkpoints of one run.  Only the process that trains the run may construct this: it cleans up.
+    """The checkpoints of one run.  Only the processes that train the run may construct this: process 0 cleans up.
 
-    `on_event(kind, step)` is called from the writing thread: `writing` when a save begins, `written` when all its
-    bytes are on the disk under the temporary name, `committed` after the rename.
+    directory: a folder that all processes share, or the address of an object store such as `gs://bucket/run`.
+    barrier_seconds: for which the processes wait for the last of them, in every phase of a save or restore.
+    `on_event(kind, step)` is called from the writing thread of every process: `writing` when a save begins, `written`
+    when all its bytes are on the disk under the temporary name, `committed` after the rename.
     """
 
     def __init__(
@@ -55,17 +51,17 @@ class Checkpoints:
         *,
         keep_temporary: int,
         on_event: Callable[[str, int], None] | None = None,
-        peers=None,
+        peers: Peers = ALONE,
         barrier_seconds: float = 900.0,
     ):
-        if jax.process_count() > 1:
-            raise CheckpointError("checkpoints of a run over several processes are not supported; use one process")
-        self.directory = Path(directory)
+        self._place = place_of(directory)
+        self.directory = self._place.directory
         self._keep_temporary = keep_temporary
         self._on_event = on_event or (lambda kind, step: None)
+        self._peers, self._barrier_seconds = peers, barrier_seconds
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
-        durable.mend(self.directory)
+        self._together("checkpoints opened", lambda: self._place.mend() if peers.lead else None)
 
     def __enter__(self):
         return self
@@ -76,26 +72,33 @@ class Checkpoints:
         else:  # what went wrong first is what the user must see
             self._join()
 
-    def path(self, step: int) -> Path:
-        return durable.path_of(self.directory, step)
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed and nobody was told; does not wait for one that is still being written."""
+        return self._failure is not None
+
+    def path(self, step: int) -> Path | str:
+        return self._place.path(step)
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
-        return durable.steps(self.directory)
-
-    @property
-    def failed(self) -> bool:
-        """Whether the last save has failed and nobody has been told."""
-        return self._failure is not None
+        return self._place.steps()
 
     def peek(self) -> dict | None:
-        """Metadata of the newest checkpoint whose metadata is intact.  Reads no arrays and renames nothing."""
-        for step in reversed(self.steps()):
-            try:
-                return read_meta(self.path(step))
-            except durable.Damaged:
-                continue  # `restore` says so and sets it aside
-        return None
+        """Metadata of the newest checkpoint whose metadata is intact.  Reads no arrays and renames nothing.
+
+        Every process must call it: all get what process 0 sees.
+        """
+
+        def newest() -> dict | None:
+            for step in reversed(self.steps() if self._peers.lead else []):
+                try:
+                    return self._place.meta(step)
+                except durable.Damaged:
+                    continue  # `restore` says so and sets it aside
+            return None
+
+        return self._together("checkpoints peeked at", newest)[0]
 
     def save(
         self,
@@ -109,15 +112,20 @@ class Checkpoints:
     ) -> None:
         """Copies `items` (pytrees of arrays) to the host, then writes in the background.
 
-        The arrays may be donated as soon as this returns.  A save that is still in progress is waited for, and raises
-        here if it failed (CheckpointError).  `blocking` waits for the commit; `permanent and blocking` also reads
-        everything back from the disk and compares.
+        Every process calls it with the same arguments; each copies and writes what its devices hold.  The arrays may
+        be donated as soon as this returns.  A save that is still in progress is waited for, and raises here if it
+        failed in any process (CheckpointError, in all of them; earlier checkpoints are intact).  `blocking` waits for
+        the commit; `permanent and blocking` also reads everything back from the disk and compares.
         """
         self.wait()
-        host = {name: _host_copy(tree) for name, tree in items.items()}
+        leaves = {name: named.leaves(tree) for name, tree in items.items()}
+        prints = {name: fingerprint.begin(one) for name, one in leaves.items()}
+        host = {name: checkpoint_files.on_host(one) for name, one in leaves.items()}
         meta = json.loads(json.dumps(meta))  # as it is now, and an error here rather than in the thread
         files = [Path(f) for f in tokenizer_files]
-        arguments = (step, host, meta, permanent, permanent and blocking, files)
+        save = Save(self._place, self._peers, self._barrier_seconds, self._on_event, step, host, prints)
+        save.open(str(os.getpid()))
+        arguments = (save, meta, permanent, permanent and blocking, files)
         # Not a daemon: an interpreter that ends in an exception still lets the save finish.
         self._thread = threading.Thread(target=self._save, args=arguments, name=f"checkpoint-{step}")
         self._thread.start()
@@ -125,7 +133,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises CheckpointError if the last save failed."""
+        """Returns when nothing is being written; raises CheckpointError if the last save failed in any process."""
         self._join()
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -139,31 +147,61 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _save(self, step, host, meta, permanent, read_back, tokenizer_files) -> None:
-        final = self.path(step)
+    def _save(self, save: Save, meta, permanent, read_back, tokenizer_files) -> None:
         try:
-            self._on_event("writing", step)
-            if final.exists():  # a step that was permanent once stays so
-                permanent = permanent or durable.is_permanent(final)
-            _write(final, step, host, meta, permanent, tokenizer_files, lambda: self._on_event("written", step))
-            self._on_event("committed", step)
+            save.run(meta, permanent, tokenizer_files)
             if read_back:
-                try:
-                    _read(final, host)
-                except durable.Damaged as error:
-                    raise CheckpointError(
-                        f"{error}; read back right after writing, now {durable.set_aside(final)}"
-                    ) from error
-            temporary = [s for s in self.steps() if not durable.is_permanent(self.path(s))]
-            for old in temporary[: -self._keep_temporary]:
-                if old != step:
-                    durable.remove(self.path(old))
+                self._read_back(save)
+            self._together(f"save {save.step} done", lambda: self._clear_away(save.step) if self._peers.lead else None)
         except CheckpointError as error:
             self._failure = error
-        except Exception as error:  # whatever orbax raises: the training thread must hear of it
-            self._failure = CheckpointError(
-                f"{final}: checkpoint could not be written: {durable.one_line(error)}; earlier checkpoints are intact"
-            )
+        except Exception as error:  # such as a peer that does not come: the training thread must hear of it
+            self._failure = CheckpointError(not_written(self.path(save.step), error))
+
+    def _read_back(self, save: Save) -> None:
+        """Each process reads every so many-th array, whole, into host memory."""
+        at, count = self._peers.index, self._peers.count
+
+        def compare() -> None:
+            checksums = self._place.checksums(save.step)
+            self._compare(save.step, list(checksums)[at::count], checksums)
+            mine = [(item, name) for item, leaves in save.about.items() for name in leaves][at::count]
+            for item, name in mine:
+                about = save.about[item][name]
+                needs = [n for n in checksums if n.startswith(f"{item}/{name}/") or n == f"{item}/_METADATA"]
+                folder = self._place.fetch(save.step, needs)
+                try:
+                    array = restoring.read_arrays(folder, save.path, item, {name: named.in_host_memory(about)})[name]
+                finally:
+                    self._place.release(folder)
+                if fingerprint.of_host(array) != about["fingerprint"]:
+                    raise durable.Damaged(f"{save.path}: {item}.{name} differs from its fingerprint")
+
+        try:
+            self._together(f"save {save.step} read back", compare)
+        except durable.Damaged as error:
+            aside = self._set_aside(save.step)
+            raise CheckpointError(f"{error}; read back right after writing, now {aside}") from error
+
+    def _compare(self, step: int, names: list[str], checksums: dict[str, str]) -> None:
+        folder = self._place.fetch(step, names)
+        try:
+            durable.compare(folder, checksums, names, self.path(step))
+        finally:
+            self._place.release(folder)
+
+    def _set_aside(self, step: int) -> str:
+        rename = lambda: self._place.set_aside(step) if self._peers.lead else ""  # noqa: E731
+        return self._together(f"step {step} set aside", rename)[0]
+
+    def _clear_away(self, step: int) -> None:
+        temporary = [s for s in self.steps() if not self._place.is_permanent(s)]
+        for old in temporary[: -self._keep_temporary]:
+            if old != step:
+                self._place.remove(old)
+
+    def _together(self, name: str, work: Callable[[], object]) -> list:
+        return together(self._peers, name, self._barrier_seconds, work)
 
     def restore(
         self,
@@ -176,20 +214,24 @@ class Checkpoints:
 
         items: per item a pytree of `jax.ShapeDtypeStruct`; arrays come back on exactly their shardings (see `load`).
         accept: is called with the metadata before any array is read, and may raise to refuse the checkpoint.
-        A damaged checkpoint is renamed to `<step>.corrupt`, named on stderr, and the one before is used.
+        Every process calls it with the same arguments and gets the same step: one that is damaged for one of them is
+        renamed to `<step>.corrupt`, named on stderr, and the one before is used.
         CheckpointError if all are damaged, or if the arrays are not the ones asked for.
         """
         if step is not None:
-            return step, *_load(durable.of_step(self.directory, step), items, accept)
+            if step not in (have := self._listed()):
+                steps = ", ".join(map(str, have)) or "none"
+                raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; steps there: {steps}")
+            return step, *self._load(step, items, accept)
         bad = []
-        for candidate in reversed(self.steps()):
-            path = self.path(candidate)
+        for candidate in reversed(self._listed()):
             try:
-                return candidate, *_load(path, items, accept)
+                return candidate, *self._load(candidate, items, accept)
             except durable.Damaged as error:
-                bad.append(f"{error}, now {durable.set_aside(path)}")
-                print(f"checkpoint set aside: {bad[-1]}", file=sys.stderr, flush=True)
-        bad = bad or [str(path) for path in sorted(self.directory.glob("*.corrupt*"))]
+                bad.append(f"{error}, now {self._set_aside(candidate)}")
+                if self._peers.lead:
+                    print(f"checkpoint set aside: {bad[-1]}", file=sys.stderr, flush=True)
+        bad = bad or self._together("damaged before", self._place.set_aside_before)[0]
         if bad:
             raise CheckpointError(
                 f"{self.directory}: every checkpoint is damaged ({'; '.join(bad)}); put back a good copy, "
@@ -197,27 +239,24 @@ class Checkpoints:
             )
         return None
 
+    def _listed(self) -> list[int]:
+        """The steps that process 0 sees."""
+        return self._together("steps", lambda: self.steps() if self._peers.lead else [])[0]
 
-def steps(directory: str | Path) -> list[int]:
-    """Committed steps in a directory of checkpoints, ascending."""
-    return durable.steps(Path(directory)) if Path(directory).is_dir() else []
-
-
-def set_aside_after(directory: str | Path, step: int) -> None:
-    """Renames the checkpoints after `step` to `<step>.left`; none is deleted."""
-    for later in [s for s in steps(directory) if s > step]:
-        path = durable.path_of(Path(directory), later)
-        path.rename(durable.free_name(path, "left"))
+    def _load(self, step: int, items: dict[str, object], accept: Callable[[dict], object]) -> tuple[dict, dict]:
+        return restoring.load(self._place, step, items, accept, self._peers, self._barrier_seconds)
 
 
-def load(path: str | Path, items: dict[str, object]) -> dict[str, object]:
+def load(
+    path: str | Path, items: dict[str, object], *, peers: Peers = ALONE, barrier_seconds: float = 900.0
+) -> dict[str, object]:
     """The named items of one checkpoint, as pytrees of the structure asked for.
 
     items: per item a pytree of `jax.ShapeDtypeStruct`.  A leaf's sharding decides where the array goes; if it has none,
     or only an abstract mesh (as from `jax.eval_shape`), the current mesh is meant.  File checksums and every array's
-    CRC32 are verified.  CheckpointError if something is damaged, absent, or of another shape or dtype.
+    fingerprint are verified.  CheckpointError if something is damaged, absent, or of another shape or dtype.
     """
-    return _load(Path(path), items, lambda meta: None)[0]
+    return restoring.load(Lone(Path(path)), 0, items, lambda meta: None, peers, barrier_seconds)[0]
 
 
 def read_meta(path: str | Path) -> dict:
@@ -226,15 +265,18 @@ def read_meta(path: str | Path) -> dict:
 
 
 def save_params(path: str | Path, params, meta: dict, tokenizer_files: Iterable[str | Path] = ()) -> Path:
-    """Writes a permanent checkpoint of weights only at `path`, which must not exist.  For imports."""
+    """Writes a permanent checkpoint of weights only at `path`, which must not exist.  For imports, in one process."""
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; name another place or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files = [Path(f) for f in tokenizer_files]
-        host = {name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(params).items()}
-        _write(path, int(meta.get("step", 0)), {"params": host}, meta, True, files, lambda: None)
+        host = {name: np.asarray(leaf, order="C") for name, leaf in named.leaves(params).items()}
+        prints = {"params": fingerprint.begin(host)}
+        step = int(meta.get("step", 0))
+        save = Save(Lone(path), ALONE, 0.0, lambda kind, step: None, step, {"params": host}, prints)
+        save.open(str(os.getpid()))
+        save.run(meta, True, [Path(f) for f in tokenizer_files])
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: checkpoint could not be written: {durable.one_line(error)}") from error
     return path
@@ -257,140 +299,3 @@ def resolve(text: str | Path) -> Path:
     if not steps:
         raise CheckpointError(f"{path}: no complete checkpoint here; expected a run that has saved, or a checkpoint")
     return durable.path_of(directory, steps[-1])
-
-
-def _load(path: Path, items: dict[str, object], accept: Callable[[dict], object]) -> tuple[dict, dict]:
-    """(items, meta)."""
-    targets = {name: _named_leaves(tree) for name, tree in items.items()}
-    meta = durable.verify(path)
-    accept(meta)
-    _check_same_arrays(path, targets, meta["checkpoint"]["leaves"])
-    arrays = _read(path, targets, meta)
-    loaded = {}
-    for item, tree in items.items():
-        placed = []
-        for name, leaf in targets[item].items():
-            sharding = _sharding(leaf)
-            # may_alias: a buffer shared with NumPy could not be donated
-            placed.append(jax.device_put(arrays[item].pop(name), sharding, may_alias=False))
-            assert placed[-1].sharding.is_equivalent_to(sharding, leaf.ndim), f"{item}.{name} is on another mesh"
-        loaded[item] = jax.tree.unflatten(jax.tree.structure(tree), placed)
-    return loaded, meta
-
-
-def _check_same_arrays(path: Path, targets: dict[str, dict], saved: dict[str, dict]) -> None:
-    for item, leaves in targets.items():
-        if item not in saved:
-            raise CheckpointError(f"{path}: holds no {item!r}, only {', '.join(sorted(saved))}")
-        for name in sorted(set(leaves) ^ set(saved[item])):
-            side = "the checkpoint lacks it" if name in leaves else "only the checkpoint has it"
-            raise CheckpointError(f"{path}: {item}.{name}: {side}; it was saved by another model or optimizer")
-        for name, leaf in leaves.items():
-            expected, found = _describe(leaf), (tuple(saved[item][name]["shape"]), saved[item][name]["dtype"])
-            if expected != found:
-                raise CheckpointError(
-                    f"{path}: {item}.{name}: expected {_text(expected)}, found {_text(found)}; it was saved by another "
-                    "model or optimizer"
-                )
-
-
-def _write(final: Path, step, host, meta, permanent, tokenizer_files, before_commit: Callable[[], None]) -> None:
-    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir()
-        durable.require_room(temporary, sum(array.nbytes for arrays in host.values() for array in arrays.values()))
-        for item, arrays in host.items():
-            stored = {name: array for name, array in arrays.items() if array.size}  # orbax refuses empty arrays
-            if stored:
-                with _orbax(stored):
-                    ocp.save((temporary / item).absolute(), stored)
-        for source in tokenizer_files:
-            (temporary / "tokenizer").mkdir(exist_ok=True)
-            shutil.copyfile(source, temporary / "tokenizer" / source.name)
-        leaves = {
-            item: {
-                name: {"shape": list(array.shape), "dtype": array.dtype.name, "crc32": _crc32(array)}
-                for name, array in arrays.items()
-            }
-            for item, arrays in host.items()
-        }
-        about = {"format": 1, "step": step, "permanent": permanent, "leaves": leaves}
-        (temporary / "meta.json").write_text(json.dumps({**meta, "checkpoint": about}, indent=1) + "\n")
-        durable.seal(temporary)
-        before_commit()
-        durable.commit(temporary, final)
-    except BaseException:
-        durable.discard(temporary)
-        raise
-
-
-def _orbax(arrays: dict[str, np.ndarray]) -> ocp.Context:
-    """Settings under which saving needs no memory, and loading two arrays at most, beside `arrays` themselves.
-
-    By default orbax copies all of them before it compresses all of them, and reads each into a buffer of its own.
-    Compression would spare a tenth of the disk.
-    """
-    context = ocp.Context()
-    context.memory.deepcopy_host_arrays = False  # nobody changes them while they are saved
-    context.array.saving.use_compression = False
-    context.memory.read_concurrent_bytes = 2 * max(array.nbytes for array in arrays.values())
-    return context
-
-
-def _read(path: Path, wanted: dict[str, dict], meta: dict | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """Arrays by item and name, each compared with its CRC32; without `meta` the files are verified first."""
-    saved = (meta or durable.verify(path))["checkpoint"]["leaves"]
-    arrays = {}
-    for item in wanted:
-        targets = {name: np.empty(leaf["shape"], leaf["dtype"]) for name, leaf in saved[item].items()}
-        stored = {name: target for name, target in targets.items() if target.size}
-        try:
-            arrays[item] = targets
-            if stored:
-                with _orbax(stored):
-                    arrays[item] |= ocp.load((path / item).absolute(), stored)
-        except Exception as error:  # the files are as written, so this is orbax; do not call it damage
-            raise CheckpointError(f"{path}: orbax cannot read {item}: {durable.one_line(error)}") from error
-        for name, leaf in saved[item].items():
-            if _crc32(arrays[item][name]) != leaf["crc32"]:
-                raise durable.Damaged(f"{path}: {item}.{name} differs from its checksum")
-    return arrays
-
-
-def _named_leaves(tree) -> dict[str, object]:
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
-    assert len(named) == len(flat), "two leaves share a name"
-    return named
-
-
-def _host_copy(tree) -> dict[str, np.ndarray]:
-    leaves = _named_leaves(tree)
-    for leaf in leaves.values():
-        if isinstance(leaf, jax.Array):
-            leaf.copy_to_host_async()  # all transfers are under way before the first is waited for
-    # np.array copies: on the CPU np.asarray would be a view of memory that the next step overwrites
-    return {name: np.array(leaf, order="C") for name, leaf in leaves.items()}
-
-
-def _describe(leaf) -> tuple[tuple[int, ...], str]:
-    return tuple(leaf.shape), np.dtype(leaf.dtype).name
-
-
-def _text(description: tuple[tuple[int, ...], str]) -> str:
-    shape, dtype = description
-    return f"{dtype}[{', '.join(map(str, shape))}]"
-
-
-def _sharding(leaf):
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is not None and not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
-        return sharding
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(mesh, PartitionSpec() if sharding is None else sharding.spec)
-
-
-def _crc32(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -6,6 +6,7 @@ The rename from a temporary to the final name is the commit.  `checksums.json` h
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import json
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tinyllama_jax.data.durable import sync
@@ -29,9 +31,14 @@ def path_of(directory: Path, step: int) -> Path:
     return directory / f"{step:08d}"
 
 
+def is_final(name: str) -> bool:
+    """Whether only complete checkpoints have such a name."""
+    return _FINAL.fullmatch(name) is not None
+
+
 def steps(directory: Path) -> list[int]:
     """Committed steps, ascending."""
-    return sorted(int(p.name) for p in directory.iterdir() if _FINAL.fullmatch(p.name) and p.is_dir())
+    return sorted(int(p.name) for p in directory.iterdir() if is_final(p.name) and p.is_dir())
 
 
 def of_step(directory: Path, step: int) -> Path:
@@ -72,13 +79,13 @@ def free_name(path: Path, word: str) -> Path:
     return target
 
 
-def set_aside(path: Path) -> str:
-    """Renames a damaged checkpoint; returns its new name."""
-    target = free_name(path, "corrupt")
+def set_aside(path: Path, word: str = "corrupt") -> str:
+    """Renames a checkpoint to `<step>.word`; returns its new name."""
+    target = free_name(path, word)
     try:
         path.rename(target)
     except OSError as error:
-        raise CheckpointError(f"{path}: is damaged and cannot be renamed: {one_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be renamed: {one_line(error)}") from error
     return target.name
 
 
@@ -112,11 +119,28 @@ def discard(temporary: Path) -> None:
         time.sleep(0.02)
 
 
-def seal(temporary: Path) -> None:
-    """Adds checksums.json to a complete directory and waits until all of it is on the disk."""
-    sums = _checksums(temporary, sorted(p for p in temporary.rglob("*") if p.is_file()))
-    (temporary / "checksums.json").write_text(json.dumps(sums, indent=1))  # every byte counts
-    for path in [*temporary.rglob("*"), temporary]:
+def files_of(root: Path) -> list[str]:
+    """Every file below `root`, by its name relative to it."""
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def keep(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """Waits until these files are on the disk; their checksums."""
+    checksums = checksums_of(root, names)
+    for name in checksums:
+        sync(root / name)
+    return checksums
+
+
+def seal(temporary: Path, checksums: dict[str, str] | None = None) -> None:
+    """Adds checksums.json to a complete directory and waits until all names are on the disk.
+
+    checksums: of every other file, which `keep` has made durable; without it that happens here.
+    """
+    checksums = keep(temporary, files_of(temporary)) if checksums is None else checksums
+    (temporary / "checksums.json").write_text(json.dumps(checksums, indent=1))  # every byte counts
+    sync(temporary / "checksums.json")
+    for path in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         sync(path)
 
 
@@ -131,17 +155,36 @@ def commit(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def verify(path: Path, only: str | None = None) -> dict:
-    """meta.json, after comparing every file (or `only` one) with checksums.json."""
+def read_checksums(path: Path) -> dict[str, str]:
+    """What checksums.json says; Damaged if it cannot be read."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
-    try:
+    with _damage_of(path):
         checksums = json.loads((path / "checksums.json").read_text())
-        chosen = [only] if only else sorted({*checksums, "meta.json"})
-        for name, found in _checksums(path, [path / name for name in chosen]).items():
+        return {str(name): str(checksum) for name, checksum in checksums.items()}
+
+
+def compare(root: Path, checksums: dict[str, str], names: Iterable[str], what: str | Path | None = None) -> None:
+    """Raises Damaged for the first of the files below `root` that is not as it was written.  what: how to call it."""
+    with _damage_of(what or root):
+        for name, found in checksums_of(root, names).items():
             if checksums.get(name) != found:
-                raise Damaged(f"{path}: {name} differs from its checksum")
+                raise Damaged(f"{what or root}: {name} differs from its checksum")
+
+
+def verify(path: Path, only: str | None = None) -> dict:
+    """meta.json, after comparing every file (or `only` one) with checksums.json."""
+    checksums = read_checksums(path)
+    compare(path, checksums, [only] if only else sorted({*checksums, "meta.json"}))
+    with _damage_of(path):
         return json.loads((path / "meta.json").read_text())
+
+
+@contextlib.contextmanager
+def _damage_of(path: str | Path) -> Iterator[None]:
+    """Tells damage from what may pass."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
             raise Damaged(f"{path}: {Path(error.filename or path).name}: {error.strerror}") from error
@@ -150,16 +193,16 @@ def verify(path: Path, only: str | None = None) -> dict:
         raise Damaged(f"{path}: checksums.json is not readable") from error
 
 
-def _checksums(root: Path, paths: list[Path]) -> dict[str, str]:
-    def sha256(path: Path) -> str:
-        with open(path, "rb") as file:
+def checksums_of(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files below `root`, by their names."""
+
+    def sha256(name: str) -> str:
+        with open(root / name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    names = list(names)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
-        return {
-            path.relative_to(root).as_posix(): digest
-            for path, digest in zip(paths, pool.map(sha256, paths), strict=True)
-        }
+        return dict(zip(names, pool.map(sha256, names), strict=True))
 
 
 def one_line(error: Exception) -> str:

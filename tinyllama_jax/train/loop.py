@@ -35,7 +35,7 @@ from tinyllama_jax.train.ballot import Wants
 from tinyllama_jax.train.checkpoint import Checkpoints
 from tinyllama_jax.train.notice import Notice
 from tinyllama_jax.train.record import Record
-from tinyllama_jax.train.saving import SaveFailed, Saver
+from tinyllama_jax.train.save_policy import SaveFailed, Saver
 from tinyllama_jax.train.watchdog import Watchdog
 
 
@@ -112,7 +112,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
         process_count=peers.count,
     )
     order = pipeline.order
-    if start.is_finished(run, plan, store, order, checkpoints, peers, allow_config_change=allow_config_change):
+    if start.is_finished(run, plan, store, order, checkpoints, allow_config_change=allow_config_change):
         start.say(f"{workdir}: finished at step {plan.total_steps}; nothing left to do", peers)
         return
     mesh = make_mesh(run.mesh)

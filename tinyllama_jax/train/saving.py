@@ -1,76 +1,127 @@
-"""When a checkpoint is due and what a failed one means.
-
-A periodic save that fails is a warning: the run goes on and tries again after checkpoint.retry_seconds, for the
-checkpoint before it is still there.  A stage's end, the run's end and the save before stopping must succeed, and so
-must one of checkpoint.max_failed_saves in a row; otherwise the run ends with status 1, to be started again.
-"""
+"""One save of one checkpoint, from the working folder to the commit."""
 
 from __future__ import annotations
 
-import time
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
-from tinyllama_jax.config import Checkpoint
+import jax
+
 from tinyllama_jax.errors import CheckpointError
+from tinyllama_jax.train import checkpoint_files, durable
+from tinyllama_jax.train.agree import Peers, together
+from tinyllama_jax.train.places import Bucket, Folder
+
+FORMAT = 2  # of meta.json and of what it describes
 
 
-class SaveFailed(CheckpointError):
-    """The state could not be saved; the last good checkpoint is intact, and a launcher may start the run again."""
+class Save:
+    """`open` in the training thread, then `run` in any.
 
-    exit_status = 1
-
-
-class Saver:
-    """Periodic saves by the clock of process 0, and the policy for those that fail.
-
-    write(step, permanent, blocking) saves and raises CheckpointError, now or for the save before; warn(step, text)
-    tells the person.
+    host: per item and name an array that nobody changes any more; prints: per item what waits for its fingerprints.
     """
 
     def __init__(
         self,
-        cfg: Checkpoint,
-        write: Callable[[int, bool, bool], None],
-        warn: Callable[[int, str], None],
+        place: Folder | Bucket,
+        peers: Peers,
+        barrier_seconds: float,
+        on_event: Callable[[str, int], None],
+        step: int,
+        host: dict[str, dict],
+        prints: dict[str, Callable[[], dict[str, str]]],
     ):
-        self.cfg, self._write, self._warn = cfg, write, warn
-        self.failed_in_a_row = 0
-        self._unknown = False  # a save is under way, or has ended without a word
-        self._due_at = self._next()
+        self.place, self.peers, self.step, self.path = place, peers, step, place.path(step)
+        self.about: dict[str, dict] = {}  # per item and name: shape, dtype and fingerprint
+        self._barrier_seconds, self._on_event = barrier_seconds, on_event
+        self._host, self._prints = host, prints
+        self._waiting: list[Callable[[], None]] | Exception | None = None
 
-    def _next(self) -> float:
-        return time.monotonic() + self.cfg.temporary_seconds if self.cfg.temporary_seconds else float("inf")
-
-    def due(self) -> bool:
-        """Whether the clock asks for a temporary save; true once, then not until the next one is due."""
-        if time.monotonic() < self._due_at:
-            return False
-        self._due_at = self._next()
-        return True
-
-    def save(self, step: int, *, permanent: bool, essential: bool) -> None:
-        """essential: wait until it is on the disk, and end the run if it cannot be."""
-        try:
-            self._write(step, permanent, essential)
-        except CheckpointError as error:
-            # What failed may be the save before this one: then this one has not begun.
-            self.failure(step, error)
-            if not essential:
-                return
+    def open(self, token: str) -> None:
+        """Agrees on the working folder; arrays that lie on several processes are copied to the host here."""
+        peers, error = self.peers, None
+        n_bytes = sum(array.nbytes for arrays in self._host.values() for array in arrays.values())
+        if peers.lead or not self.place.shared:
             try:
-                self._write(step, permanent, essential)
-            except CheckpointError as again:
-                raise SaveFailed(f"step {step} must be saved and cannot be: {again}") from again
-        self._due_at = self._next()
-        if essential or self._unknown:  # this one is on the disk, or the one before it was
-            self.failed_in_a_row = 0
-        self._unknown = not essential
+                self.working = self.place.working(self.step, token)
+                self.place.make(self.working, n_bytes)
+            except OSError as caught:
+                error = caught
+        token = peers.tell("working folder", token)
+        self.working = self.place.working(self.step, token)
+        if error is not None:
+            self._waiting = error
+        elif any(isinstance(a, jax.Array) for arrays in self._host.values() for a in arrays.values()):
+            try:
+                self._waiting = self._begin()
+            except Exception as caught:  # whatever orbax raises; all processes hear of it in `run`
+                self._waiting = caught
 
-    def failure(self, step: int, error: CheckpointError) -> None:
-        """Counts a failed save; raises SaveFailed when there were too many in a row."""
-        self.failed_in_a_row += 1
-        self._unknown = False
-        if self.failed_in_a_row >= self.cfg.max_failed_saves:
-            raise SaveFailed(f"{self.failed_in_a_row} saves in a row have failed, the last one: {error}") from error
-        self._warn(step, f"{error}; tried again in {self.cfg.retry_seconds:g} s")
-        self._due_at = time.monotonic() + self.cfg.retry_seconds
+    def _begin(self) -> list[Callable[[], None]]:
+        return [checkpoint_files.begin(self.working / item, arrays) for item, arrays in self._host.items()]
+
+    def run(self, meta: dict, permanent: bool, tokenizer_files: list[Path]) -> None:
+        """Writes, and commits when every process has written.  CheckpointError in all if it fails in any."""
+        try:
+            self._together("written", lambda: self._write(meta, permanent, tokenizer_files))
+            checksums = self._kept()
+            self._on_event("written", self.step)
+            self._together("committed", lambda: self._commit(checksums))
+            self._on_event("committed", self.step)
+        except Exception as error:
+            if self.peers.lead or not self.place.shared:
+                self.place.discard(self.working)
+            raise CheckpointError(not_written(self.path, error)) from error
+
+    def _write(self, meta: dict, permanent: bool, tokenizer_files: list[Path]) -> None:
+        self._on_event("writing", self.step)
+        if isinstance(self._waiting, Exception):
+            raise self._waiting
+        for wait in self._begin() if self._waiting is None else self._waiting:
+            wait()
+        self.about = {item: self._describe(item) for item in self._host}
+        del self._host, self._waiting
+        if self.peers.lead:
+            if self.place.exists(self.step):  # a step that was permanent once stays so
+                permanent = permanent or self.place.is_permanent(self.step)
+            for source in tokenizer_files:
+                (self.working / "tokenizer").mkdir(exist_ok=True)
+                shutil.copyfile(source, self.working / "tokenizer" / source.name)
+            about = {"format": FORMAT, "step": self.step, "permanent": permanent, "leaves": self.about}
+            (self.working / "meta.json").write_text(json.dumps({**meta, "checkpoint": about}, indent=1) + "\n")
+
+    def _describe(self, item: str) -> dict[str, dict]:
+        found = self._prints[item]()
+        return {
+            name: {"shape": list(array.shape), "dtype": array.dtype.name, "fingerprint": found[name]}
+            for name, array in self._host[item].items()
+        }
+
+    def _kept(self) -> dict[str, str]:
+        """Checksums of all files, which are durable where they are; each process sees to a part of them."""
+        at, count = self.peers.index, self.peers.count
+        names = durable.files_of(self.working) if self.peers.lead or not self.place.shared else None
+        if self.place.shared:
+            names = self.peers.tell("files", names)[at::count]
+        parts = self._together("kept", lambda: self.place.keep(self.working, names, self.step))
+        return {name: checksum for part in parts for name, checksum in sorted(part.items())}
+
+    def _commit(self, checksums: dict[str, str]) -> None:
+        if self.peers.lead:
+            self.place.commit(self.working, self.step, checksums)
+        if not self.place.shared:
+            self.place.discard(self.working)
+
+    def _together(self, phase: str, work: Callable[[], object]) -> list:
+        return together(self.peers, f"save {self.step} {phase}", self._barrier_seconds, work)
+
+
+def not_written(path, error: Exception) -> str:
+    """One line for whatever went wrong."""
+    text = str(error) if isinstance(error, CheckpointError) else durable.one_line(error)
+    text = text.removeprefix(f"{path}: checkpoint could not be written: ").removesuffix(
+        "; earlier checkpoints are intact"
+    )
+    return f"{path}: checkpoint could not be written: {text}; earlier checkpoints are intact"

@@ -21,6 +21,7 @@ from tinyllama_jax.errors import CheckpointError, ConfigError, DataError
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.train import checkpoint, rollback
 from tinyllama_jax.train.checkpoint import Checkpoints
+from tinyllama_jax.train.places import place_of
 from tinyllama_jax.train.state import State, init
 
 SAME_NUMBERS = "the numbers would no longer be those of one run"
@@ -127,12 +128,11 @@ def is_finished(
     store: TokenStore,
     order: Order,
     checkpoints: Checkpoints,
-    peers: Peers = ALONE,
     *,
     allow_config_change: bool,
 ) -> bool:
     """Whether the newest checkpoint is the plan's end; raises ConfigError if it is of another configuration."""
-    meta = peers.tell("newest checkpoint", checkpoints.peek() if peers.lead else None)
+    meta = checkpoints.peek()
     if meta is None:
         return False
     check_resume(run, meta, store, order, allow_config_change=allow_config_change)
@@ -170,9 +170,10 @@ def go_back(run: Run, workdir: Path, failed: rollback.TooManySkips, peers: Peers
     """The step to go back to; the checkpoints after it are set aside under another name, none is deleted."""
     to = None
     if peers.lead:
-        directory = checkpoint_directory(run, workdir)
-        to = rollback.target(checkpoint.steps(directory), failed)
-        checkpoint.set_aside_after(directory, to)
+        place = place_of(checkpoint_directory(run, workdir))
+        to = rollback.target(place.steps(), failed)
+        for later in [step for step in place.steps() if step > to]:
+            place.set_aside(later, "left")
     return peers.tell("back to", to)
 
 

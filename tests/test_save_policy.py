@@ -4,7 +4,7 @@ import pytest
 
 from tinyllama_jax.config import Checkpoint
 from tinyllama_jax.errors import CheckpointError
-from tinyllama_jax.train.saving import SaveFailed, Saver
+from tinyllama_jax.train.save_policy import SaveFailed, Saver
 
 
 class Disk:

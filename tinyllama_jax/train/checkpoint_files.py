@@ -1,0 +1,150 @@
+"""The arrays of a checkpoint as files.  The only module that imports orbax.
+
+One folder per item, one folder per array in it (zarr: `.zarray`, and a file for each chunk, which is what one device
+held), and `_METADATA`.  Process 0 writes the metadata and every process the chunks that it holds and that no process
+before it holds too, so nothing need be merged and any process can be the last.
+
+Orbax's handler of trees is called directly, and each process declares itself the only active one: `ocp.save` compares
+paths over the devices (`broadcast_one_to_all`, which has no time limit), and its barriers let all wait for the full
+limit when one of them fails.  Who waits for whom is for the caller to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+# Orbax raises what goes wrong and logs it too, as pages of nested tracebacks; the exception is enough.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+Arrays = Mapping[str, jax.Array | np.ndarray]
+
+
+class _Folder:
+    """A folder that is there, in the form in which orbax asks for one that may come to be."""
+
+    def __init__(self, path: Path):
+        self.path = epath.Path(path.absolute())
+
+    async def await_creation(self) -> epath.Path:
+        return self.path
+
+
+def on_host(arrays: Arrays) -> dict[str, jax.Array | np.ndarray]:
+    """Copies that the next step cannot change, made at once; arrays over several processes stay as they are.
+
+    Of those, `begin` copies what this process writes.
+    """
+    several = jax.process_count() > 1
+    for array in arrays.values():
+        if isinstance(array, jax.Array) and not several:
+            array.copy_to_host_async()  # all transfers are under way before the first is waited for
+    return {
+        # np.array copies: on the CPU np.asarray would be a view of memory that the next step overwrites
+        name: _copy_of_shards(array) if several and isinstance(array, jax.Array) else np.array(array, order="C")
+        for name, array in arrays.items()
+    }
+
+
+def _copy_of_shards(array: jax.Array) -> jax.Array:
+    """The same array if its device has memory of its own, from which orbax copies before `begin` returns."""
+    if next(iter(array.sharding.device_set)).platform != "cpu":
+        return array
+    shards = [jax.device_put(np.array(shard.data), shard.device) for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+
+
+def begin(folder: Path, arrays: Arrays) -> Callable[[], None]:
+    """Starts to write; jax arrays may be donated when this returns.  What it returns waits, in any thread, and raises.
+
+    folder: exists, and is the same for all processes, or each has its own and the caller brings the files together.
+    """
+    stored = {name: array for name, array in arrays.items() if array.size}  # orbax refuses empty arrays
+    if not stored:
+        return lambda: None
+    handler = ocp.handlers.PyTreeHandler(context=_context(stored))
+    waiting = _run(handler.save(_Folder(folder), stored))
+
+    async def finish() -> None:
+        await waiting
+
+    return lambda: _run(finish())
+
+
+def read(folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct | np.ndarray]) -> dict[str, jax.Array | np.ndarray]:
+    """The arrays, where the sharding of each target says, or in host memory for a NumPy target (which says its form).
+
+    Each process reads the chunks that overlap with what its devices hold.
+    """
+    stored = {name: target for name, target in targets.items() if math.prod(target.shape)}
+    found = {name: _empty(target) for name, target in targets.items() if name not in stored}
+    if stored:
+        handler = ocp.handlers.PyTreeHandler(context=_context(stored))
+
+        async def load() -> dict:
+            return await (await handler.load(epath.Path(folder.absolute()), stored))
+
+        found |= _run(load())
+    return {name: found[name] for name in targets}
+
+
+def _empty(target) -> jax.Array | np.ndarray:
+    value = np.zeros(target.shape, target.dtype)
+    if isinstance(target, np.ndarray):
+        return value
+    return jax.make_array_from_callback(target.shape, target.sharding, lambda index: value[index])
+
+
+def _context(arrays: Mapping) -> ocp.Context:
+    """Settings under which saving needs no memory beside `arrays`, and loading that of one of them."""
+    context = ocp.Context()
+    context.multiprocessing.active_processes = {jax.process_index()}  # no barriers
+    context.memory.deepcopy_host_arrays = False  # nobody changes them while they are saved
+    context.memory.read_concurrent_bytes = 1 + max(_n_bytes(array) for array in arrays.values())  # must be more
+    context.pytree.loading.partial_load = True  # the caller knows what it leaves out
+    saving = context.array.saving
+    saving.use_ocdbt = False  # one file for all would have to be merged from those of each process
+    saving.use_compression = False  # it would spare a tenth of the disk, and cost a copy
+    saving.use_replica_parallel = False  # copies on the devices
+    saving.enable_write_sharding_file = False  # another mesh is as good
+    saving.array_metadata_store = None
+    return context
+
+
+def _n_bytes(array) -> int:
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+
+
+def _run(coroutine):
+    """In a thread of its own, for the caller's may have an event loop already (a notebook)."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def needed(folder: Path, target: jax.ShapeDtypeStruct | np.ndarray) -> set[str]:
+    """Names of the chunk files in an array's folder (whose `.zarray` is there) that this process reads for `target`."""
+    about = json.loads((folder / ".zarray").read_text())
+    shape, chunks = about["shape"], about["chunks"]
+    if isinstance(target, np.ndarray):
+        indices = [tuple(slice(None) for _ in shape)]
+    else:
+        indices = target.sharding.addressable_devices_indices_map(tuple(shape)).values()
+    names = set()
+    for index in indices:
+        places = [()]
+        for piece, size, chunk in zip(index, shape, chunks, strict=True):
+            start, stop, _ = piece.indices(size)
+            places = [(*p, i) for p in places for i in range(start // chunk, -(-stop // chunk))]
+        names |= {".".join(map(str, place)) or "0" for place in places}
+    return names
