@@ -125,7 +125,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
         target = train_state.abstract(run, mesh)
         watchdog.at("restoring", slow=True)
         done, state, how = start.begin(
-            run, plan, store, order, checkpoints, target, mesh, allow_config_change=allow_config_change
+            run, plan, store, order, checkpoints, target, mesh, peers, allow_config_change=allow_config_change
         )
         if peers.lead:
             write_json(workdir / "run.json", start.describe(run, plan, store, mesh, experiment))

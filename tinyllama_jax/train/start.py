@@ -147,6 +147,7 @@ def begin(
     checkpoints: Checkpoints,
     target: State,
     mesh,
+    peers: Peers = ALONE,
     *,
     allow_config_change: bool,
 ) -> tuple[int, State, str]:
@@ -162,7 +163,8 @@ def begin(
         step = plan.step_at(run.fork.tokens)
         if step == plan.total_steps:
             raise ConfigError(f"fork.tokens={run.fork.tokens} is the end of the curriculum; nothing is left to train")
-        return step, checkpoint.load(path, target), f"forked from {path} at step {step}"
+        parent = checkpoint.load(path, target, peers=peers, barrier_seconds=run.checkpoint.barrier_seconds)
+        return step, parent, f"forked from {path} at step {step}"
     return 0, init(run, mesh), "started from fresh weights"
 
 
