@@ -24,7 +24,7 @@ def whole(tmp_path_factory, small_store):
     return workdir
 
 
-@pytest.mark.parametrize(("count", "kills"), [(2, 5), (4, 2)])
+@pytest.mark.parametrize(("count", "kills"), [(2, 3), (4, 1)])
 def test_killed_at_random_again_and_again(small_store, whole, tmp_path, count, kills):
     workdir, chance = tmp_path / "run", random.Random()
     argv = command(small_store, workdir)
@@ -136,7 +136,7 @@ def test_two_hosts_whose_network_is_cut_end_in_time_save_nothing_wrong_and_go_on
         assert time.monotonic() - before < PEER_SECONDS + 60
         texts = [cut.said(0), cut.said(1)]
     assert statuses == [1, 1], texts
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts):  # neither can hear what the other says
         told = [line for line in text.splitlines() if line.startswith("tinyllama")]
         assert len(told) == 1 and f"process {1 - i} (" in told[0], text
     newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())

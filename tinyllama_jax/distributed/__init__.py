@@ -86,6 +86,10 @@ def joined(where: Place | None, *, peer_seconds: float) -> Iterator[Peers]:
     import jax
     from jax._src import distributed
 
+    # On CPUs nothing keeps two programs that run at the same time from meeting their peers in another order, each then
+    # waiting for the other; one at a time, and threads enough for all that wait.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    os.environ.setdefault("PJRT_NPROC", "64")
     service = _start_service(where, peer_seconds) if where.index == 0 else None
     try:
         jax.distributed.initialize(
