@@ -115,6 +115,7 @@ ANCHORS: dict[str, Anchor] = {
             rows=8,
             micro_batches=8,
             tokens_per_s=19_271,
+            note="weights and optimizer in bf16 too, as in all its rows for 40 GB",
         ),
         Anchor(
             name="mpt-1b-a100-40g-2x8",
