@@ -282,6 +282,10 @@ def test_what_does_not_fit_as_written_comes_with_what_to_set(asked):
     assert value["as_written"]["shortfall_bytes"] == 19 * GIB - CAPACITY
     assert value["micro_batch"] == 2 and value["set"] == "--set execution.micro_batch_sequences=16"
     assert value["bytes_per_device"]["total"] == 11 * GIB and value["bytes_per_device"]["activations"] == 8 * GIB
+    run = configio.load_experiment("experiments.smoke:tiny")
+    assert verb.fitting(run, value).execution.micro_batch_sequences == 16
+    assert verb.fitting(run, value | {"set": None}) is run
+    assert value["estimate"]["tokens_per_s"] > 0 and value["estimate"]["cost_usd"]["total"] > 0
 
 
 def test_as_written_does_not_search(asked):

@@ -195,7 +195,7 @@ def lines(value: dict[str, Any]) -> list[tuple[str, str]]:
             f"{value['tokens_per_s_per_device']:,.0f} tokens/s per device, {value['tokens_per_s']:,.0f} in all; MFU "
             f"{100 * mfu['palm']:.1f} % (palm), {100 * mfu['causal']:.1f} % (causal)",
         ),
-        ("step", f"{total:.3f} s: " + ", ".join(f"{part} {s:.3f}" for part, s in value["parts"].items())),
+        ("step", f"{total:.3g} s: " + ", ".join(f"{part} {s:.2g}" for part, s in value["parts"].items())),
         ("time", f"{duration(value['days'] * DAY)} for {value['tokens']:,} tokens"),
         (
             "cost",
@@ -209,7 +209,7 @@ def lines(value: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("calibrated", f"{calibration['efficiency']:.3f} of the model, by {calibration['source']}"))
     if len(value["stages"]) > 1:
         for stage in (stage for stage in value["stages"] if stage["steps"]):
-            text = f"{stage['steps']:,} steps of {stage['step_seconds']:.3f} s, {stage['tokens_per_s']:,.0f} tokens/s"
+            text = f"{stage['steps']:,} steps of {stage['step_seconds']:.3g} s, {stage['tokens_per_s']:,.0f} tokens/s"
             rows.append(("stage", f"{stage['name']}: {text}"))
     named = [f"{name}={number:g}" for name, number in value["assumptions"].items()]
     for i in range(0, len(named), 4):

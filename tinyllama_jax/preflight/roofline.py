@@ -6,8 +6,8 @@
 
 A matrix product takes the longer of its FLOPs at the achievable rate and its operands through the memory.  The model
 is a roof: real steps reach 0.85 to 0.9 of it, which is what calibration is for (anchors.py).  Not in it: kernels of
-small matrices that do not fill a device, imbalance between devices, the loader, evaluation and saves; document masking,
-which skips attention between documents, counts as none.
+small matrices that do not fill a device, imbalance between devices, the loader, evaluation and saves.  Attention
+counts as fused unless `xla` or `reference` is asked for; document masking, which skips some of it, counts as none.
 """
 
 from __future__ import annotations
