@@ -29,7 +29,13 @@ MESHES = {
     "256-fsdp": {"data": 256},
     "256-hsdp": {"replica": 16, "data": 16},
 }
-CASES = [(name, mesh) for name in PRESETS for mesh in MESHES]
+# `tensor` must divide the heads of keys and values.
+CASES = [
+    (name, mesh)
+    for name in PRESETS
+    for mesh, sizes in MESHES.items()
+    if preset(name).kv_heads % sizes.get("tensor", 1) == 0
+]
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:

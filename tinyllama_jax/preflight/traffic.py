@@ -80,6 +80,8 @@ def per_step(run: Run, sizes: dict[str, int], rows: int, micro_batches: int) -> 
     found.append(
         Collective("outputs of layers", "all-reduce", ("tensor",), tokens * d * width, sums * layers * micro_batches)
     )
+    ends = tokens * d * width  # rows of the embedding on their way in, the head's gradient on its way back
+    found.append(Collective("embedding's and head's sums", "all-reduce", ("tensor",), ends, 2 * micro_batches))
     keys = 2 * rows * length * cfg.kv_heads * cfg.head_dim // tensor * width
     gathers = layers * micro_batches * (3 if again else 2)
     found.append(Collective("keys and values", "all-gather", ("context",), keys, gathers))
