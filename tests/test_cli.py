@@ -46,7 +46,10 @@ def test_the_list_of_options_is_meant():
         "prepare finalize": sorted([*common, "--out"]),
         "prepare view": sorted([*common, "--out", "--seed", "--tokens"]),
         "train": sorted([*settings, "--allow-config-change", "--help", "--workdir"]),
-        "preflight": sorted([*common, *settings, "--as-written", "--target"]),
+        "preflight": sorted(
+            [*common, *settings, "--as-written", "--assume", "--calibrate", "--estimate-only", "--max-cost", "--price"]
+            + ["--target"]
+        ),
         "report": sorted([*common, "--compare"]),
         "eval": sorted([*common, "--baselines", "--corpus", "--dtype", "--sequence-tokens", "--sequences"]),
         "score": sorted([*common, "--dtype", "--tokens"]),

@@ -2,6 +2,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.preflight import collectives
@@ -62,15 +63,39 @@ ENTRY %main (s: (s32[], bf16[4,64], bf16[4,8]), g: f32[64,16], h: f32[]) -> f32[
 """  # noqa: E501
 
 
+def row(static, per_step, bytes_per_step, group):
+    return {
+        "static": static,
+        "per_step": per_step,
+        "bytes_per_step": bytes_per_step,
+        "bytes_by_group": {group: bytes_per_step},
+    }
+
+
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("replica_groups=mesh['replica'=4,'data'=16] {'data'}, dimensions={0}", "16"),
+        ("replica_groups=mesh['replica'=4,'data'=16] {'replica','data'}, dimensions={0}", "64"),
+        ("replica_groups={{0,4,8},{1,5,9}}, dimensions={0}", "3"),
+        ("replica_groups=[8,2]<=[2,8]T(1,0), dimensions={0}", "2"),
+        ("replica_groups={}, dimensions={0}", "all"),
+    ],
+)
+def test_groups_are_told_apart_in_every_way_of_writing_them(groups, size):
+    text = GPU_LOOP.replace("replica_groups=mesh['replica'=2,'data'=8] {'data'}, dimensions={0}", groups)
+    assert list(collectives.count(text)["all-gather"]["bytes_by_group"]) == [size]
+
+
 def test_collectives_in_nested_loops_run_as_often_as_the_loops():
     found = collectives.count(GPU_LOOP)
     both = 32 * 64 * 2 + 32 * 8 * 2
     assert found.pop("loops_of_unknown_length") == 0
     assert found == {
         # 3 by the condition's constant, 22 by the compiler's word, which counts more than the 99
-        "all-gather": {"static": 1, "per_step": 66, "bytes_per_step": 66 * both},
-        "all-reduce": {"static": 1, "per_step": 1, "bytes_per_step": 64 * 16 * 4},
-        "reduce-scatter": {"static": 1, "per_step": 1, "bytes_per_step": 64 * 16 * 4},
+        "all-gather": row(1, 66, 66 * both, "8"),
+        "all-reduce": row(1, 1, 64 * 16 * 4, "all"),
+        "reduce-scatter": row(1, 1, 64 * 16 * 4, "8"),
     }
 
 
@@ -123,8 +148,8 @@ ENTRY %main.5 (p: bf16[1,16], g: f32[1024,128]) -> f32[64,128] {
 
 def test_collectives_that_the_tpu_compiler_hides_in_fusions():
     assert collectives.count(TPU) == {
-        "all-gather": {"static": 1, "per_step": 1, "bytes_per_step": 128 * 2},
-        "reduce-scatter": {"static": 1, "per_step": 1, "bytes_per_step": 1024 * 128 * 4},
+        "all-gather": row(1, 1, 128 * 2, "8"),
+        "reduce-scatter": row(1, 1, 1024 * 128 * 4, "all"),
         "loops_of_unknown_length": 0,
     }
 
@@ -142,7 +167,7 @@ def test_collectives_of_a_compiled_program():
 
     text = jax.jit(program).lower(jnp.ones(800, jnp.float32)).compile().as_text()
     assert collectives.count(text) == {
-        "all-reduce": {"static": 1, "per_step": 5, "bytes_per_step": 5 * 400},
-        "all-gather": {"static": 1, "per_step": 1, "bytes_per_step": 3200},
+        "all-reduce": row(1, 5, 5 * 400, "8"),
+        "all-gather": row(1, 1, 3200, "8"),
         "loops_of_unknown_length": 0,
     }

@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(
         "preflight",
         verbs.preflight,
-        "compile an experiment's training step for machines that are not here: does it fit, and what does it need",
+        "compile an experiment's training step for machines that are not here: does it fit, how long, how much",
         "tinyllama preflight experiments.tinyllama:v1_0 --target a100-40g:2x8 --json",
     )
     sub.add_argument("experiment", metavar="MODULE:FUNCTION")
@@ -125,6 +125,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--as-written",
         action="store_true",
         help="do not look for the largest micro-batch that fits; exit with 78 when the experiment's own does not",
+    )
+    sub.add_argument(
+        "--estimate-only", action="store_true", help="compile nothing: speed, days and cost from the shapes, at once"
+    )
+    sub.add_argument(
+        "--calibrate",
+        metavar="RUN|ANCHOR|none",
+        help="a measured run, or a published one of preflight/anchors.py (the nearest to the target)",
+    )
+    sub.add_argument("--price", type=float, metavar="USD", help="per device and hour (a dated list price)")
+    sub.add_argument("--max-cost", type=float, metavar="USD", help="exit with 78 when the run would cost more")
+    sub.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="replace one of the assumptions that are printed, such as network_bandwidth=6.25e9 (repeatable)",
     )
     settings(sub)
     as_json(sub)

@@ -248,9 +248,22 @@ class _Stream:
 
 
 def preflight(args: argparse.Namespace) -> None:
-    from tinyllama_jax.preflight import verb
+    from tinyllama_jax.preflight import money, verb
 
-    value, failure = verb.preflight(resolved(args), args.experiment, args.target, as_written=args.as_written, say=say)
+    run = resolved(args)
+    asked = {"price": args.price, "calibration": args.calibrate, "assume": args.assume}
+    # Before any compiler is asked: what is too dear, or cannot be spread over the devices, need not be compiled.
+    estimate = money.estimate(run, args.target, **asked)
+    too_dear = money.refusal(estimate, args.max_cost, args.experiment)
+    if args.estimate_only or too_dear:
+        value = {"experiment": args.experiment, "target": args.target, "estimate": estimate}
+        answer(args, value, verb.estimate_lines(value))
+        if too_dear:
+            raise too_dear
+        return
+    value, failure = verb.preflight(run, args.experiment, args.target, as_written=args.as_written, say=say)
+    # With the micro-batch that fits, which need not be the experiment's own.
+    value["estimate"] = money.estimate(verb.fitting(run, value), args.target, **asked)
     answer(args, value, verb.lines(value))
     if failure:
         raise failure

@@ -9,6 +9,8 @@ What the text hides, and how it is counted here:
   * XLA's TPU compiler writes a reduce-scatter as a fusion named `all-reduce-scatter` around an all-reduce, and an
     asynchronous collective as the same instruction in three fusions: the one that starts it, one that computes
     meanwhile (`async_collective_fusion`) and the one that ends it.
+  * An all-gather may be written as an all-reduce of arrays that are zero but for each device's own share (libtpu does
+    so for small weights): it is counted as what it is written as.
 Bytes are of the whole array on each device: what a gather makes, what a reduce-scatter or all-reduce takes in.
 """
 
@@ -27,6 +29,8 @@ _OPCODE = re.compile(r"(?:^|[\s)\]}])([a-z][a-z\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+# Who talks to whom: axes of a mesh, the first of the groups themselves, or groups x members of a numbering.
+_GROUPS = re.compile(r"replica_groups=(?:mesh\[([^\]]*)\] \{([^}]*)\}|\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
 
@@ -92,14 +96,27 @@ def _size(line: _Line, sizes: dict[str, int]) -> int:
     return max(taken, sum(made))
 
 
-def count(text: str) -> dict[str, Any]:
-    """{kind: {"static", "per_step", "bytes_per_step"}} of the collectives in an optimized HLO module's text.
+def _group(line: _Line) -> str:
+    """How many devices take part in each run of a collective, as text; "all" where it does not say."""
+    match = _GROUPS.search(line.rest)
+    if match is None:
+        return "all"
+    mesh, axes, members, number = match.groups()
+    if mesh is not None:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+        return str(math.prod(sizes[name] for name in re.findall(r"'(\w+)'", axes)))
+    return number or str(members.count(",") + 1)
 
-    static counts instructions, per_step executions; bytes are per device and step.  "loops_of_unknown_length" counts
-    the loops that hold collectives and were taken to run once.
+
+def count(text: str) -> dict[str, Any]:
+    """{kind: {"static", "per_step", "bytes_per_step", "bytes_by_group"}} of the collectives in an optimized module.
+
+    static counts instructions, per_step executions; bytes are per device and step, by_group those of each number of
+    devices that take part.  "loops_of_unknown_length" counts the loops that hold collectives and were taken to run
+    once.
     """
     computations, entry = _parse(text)
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, Any]] = {}
     unknown = 0
 
     def visit(name: str, times: int, scattered: bool) -> bool:
@@ -119,10 +136,12 @@ def count(text: str) -> dict[str, Any]:
             if kind in KINDS:
                 held = True
                 kind = "reduce-scatter" if scattered and kind == "all-reduce" else kind
-                row = found.setdefault(kind, {"static": 0, "per_step": 0, "bytes_per_step": 0})
+                row = found.setdefault(kind, {"static": 0, "per_step": 0, "bytes_per_step": 0, "bytes_by_group": {}})
+                moved, group = times * _size(line, sizes), _group(line)
                 row["static"] += 1
                 row["per_step"] += times
-                row["bytes_per_step"] += times * _size(line, sizes)
+                row["bytes_per_step"] += moved
+                row["bytes_by_group"][group] = row["bytes_by_group"].get(group, 0) + moved
             elif line.opcode == "while":
                 trips = _trips(line, computations)
                 body = dict(_CALLED.findall(line.rest)).get("body", "")

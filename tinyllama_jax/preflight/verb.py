@@ -1,4 +1,4 @@
-"""The question that `tinyllama preflight` answers: does this experiment fit that machine, and what does it need?"""
+"""The questions that `tinyllama preflight` answers: does this experiment fit that machine, how long, how much?"""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tinyllama_jax import flops
-from tinyllama_jax.config import Run
+from tinyllama_jax.config import Run, replace
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.preflight import search, targets
+from tinyllama_jax.preflight import money, search, targets
 from tinyllama_jax.preflight.targets import GIB
 from tinyllama_jax.preflight.worker import Worker, check_installed
 
@@ -159,6 +159,14 @@ class _Preflight:
         )
 
 
+def fitting(run: Run, value: dict[str, Any]) -> Run:
+    """The run with the micro-batch of an answer: the one that fits, or its own."""
+    if not value["set"]:
+        return run
+    micro = int(value["set"].rpartition("=")[2])
+    return replace(run, execution=replace(run.execution, micro_batch_sequences=micro))
+
+
 def sequences(n: int) -> str:
     return f"{n} sequence{'s' * (n > 1)}"
 
@@ -215,4 +223,11 @@ def lines(value: dict[str, Any]) -> list[str]:
             f"{seconds:.0f} s",
         )
     )
+    table += money.lines(value["estimate"])
     return [f"{value['experiment']} on {value['target']}: {verdict}"] + [f"  {a:<15} {b}" for a, b in table]
+
+
+def estimate_lines(value: dict[str, Any]) -> list[str]:
+    """The answer for a person when nothing was compiled."""
+    table = money.lines(value["estimate"])
+    return [f"{value['experiment']} on {value['target']}: not compiled"] + [f"  {a:<15} {b}" for a, b in table]
