@@ -71,7 +71,7 @@ def _host_sums(array: np.ndarray, keys: list[np.ndarray], base: np.uint32) -> tu
     rows = max(1, _BLOCK_BYTES // inner)
     for start in range(0, array.shape[0], rows):
         if inner > _BLOCK_BYTES:
-            part = _host_sums(array[start], keys[1:], base + keys[0][start])
+            part = _host_sums(array[start], keys[1:], np.uint32((int(base) + int(keys[0][start])) & 0xFFFFFFFF))
         else:
             part = _host_block(array[start : start + rows], [keys[0][start : start + rows], *keys[1:]], base)
         sums = [a + b for a, b in zip(sums, part, strict=True)]

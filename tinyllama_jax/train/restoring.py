@@ -98,13 +98,13 @@ def read_arrays(folder: Path, path, item: str, targets: dict) -> dict:
 
 
 def _describes(name: str) -> bool:
-    return name.rpartition("/")[2] in ("meta.json", "_METADATA", ".zarray")
+    return name.rpartition("/")[2] in ("meta.json", "_METADATA", checkpoint_files.FORM)
 
 
 def _chunks(folder: Path, item: str, targets: dict, checksums: dict[str, str]) -> list[str]:
     names = []
     for name, target in targets.items():
-        if f"{item}/{name}/.zarray" in checksums:  # empty arrays have no files
+        if f"{item}/{name}/{checkpoint_files.FORM}" in checksums:  # empty arrays have no files
             names += [f"{item}/{name}/{n}" for n in checkpoint_files.needed(folder / item / name, target)]
     missing = sorted(set(names) - set(checksums))
     if missing:
