@@ -3,6 +3,7 @@
 PLAN is JSON: a list of actions, done one after another.  What happens is printed, a line each.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -171,7 +172,8 @@ def main() -> None:
             time.sleep(action["seconds"])
         elif kind == "fill" and action["process"] == index:  # the disk
             with open(action["path"], "wb") as file:
-                file.write(bytes(action["bytes"]))
+                room = os.statvfs(action["path"])
+                file.write(bytes(room.f_bavail * room.f_bsize - action["but"]))
         elif kind == "obstruct" and action["process"] == index:  # its chunks cannot be written
             checkpoint_files.begin = lambda folder, arrays: begin(folder / "impossible\0", arrays)
         elif kind == "clear":
@@ -206,6 +208,9 @@ def main() -> None:
                     assert np.asarray(shard.data).tobytes() == np.asarray(wanted[shard.index]).tobytes()
             say("restored", step)
     say("end")
+    with contextlib.suppress(Exception):  # the other one may be held for longer
+        peers.barrier("end", 20)
+    time.sleep(0 if index else 1)  # the meeting point is in process 0
     os._exit(0)
 
 

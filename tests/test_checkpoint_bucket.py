@@ -170,8 +170,8 @@ def test_a_process_downloads_only_the_chunks_that_it_needs(tmp_path):
 def test_processes_that_share_no_disk(bucket, tmp_path):
     path = os.pathsep.join(sys.path)
     plan = [{"do": "save", "step": 10}, {"do": "save", "step": 20}, {"do": "restore"}]
-    for count, plan in ((2, plan), (1, plan[-1:])):
-        group = Group(count, bucket, plan, environment={"PYTHONPATH": path}, private=tmp_path / "private")
+    for count, actions in ((2, plan), (1, plan[-1:])):
+        group = Group(count, bucket, actions, environment={"PYTHONPATH": path}, private=tmp_path / "private")
         for lines in group.end():
             assert "restored 20" in lines
     assert names(bucket) == ["00000010", "00000020"]
