@@ -44,12 +44,12 @@ def load(
         durable.compare(folder, place.checksums(step), names, path)
         return folder
 
-    def verify() -> dict:
+    def verify() -> dict | None:
         checksums = place.checksums(step)
         every = sorted({*checksums, "meta.json"})
         mine = every[peers.index :: peers.count] if place.shared else [n for n in every if _describes(n)]
         folder = verified(sorted({*mine, "meta.json"}))
-        return json.loads((folder / "meta.json").read_text())
+        return json.loads((folder / "meta.json").read_text()) if peers.lead else None
 
     def read() -> None:
         for item, wanted in targets.items():
