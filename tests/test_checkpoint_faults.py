@@ -16,7 +16,7 @@ from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train.checkpoint import Checkpoints
 
 
-@pytest.fixture(params=["size=3m", "size=9m,nr_inodes=26"], ids=["no bytes left", "no files left"])
+@pytest.fixture(params=["size=3m", "size=9m,nr_inodes=15"], ids=["no bytes left", "no files left"])
 def tiny_disk(request, mount):
     """Room for one checkpoint.  That bytes are missing is seen before orbax starts, other limits only by writing."""
     return mount(request.param)

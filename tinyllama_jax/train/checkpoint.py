@@ -191,8 +191,8 @@ class Checkpoints:
             self._place.release(folder)
 
     def _set_aside(self, step: int) -> str:
-        rename = lambda: self._place.set_aside(step) if self._peers.lead else ""  # noqa: E731
-        return self._together(f"step {step} set aside", rename)[0]
+        done = self._together(f"step {step} set aside", lambda: self._place.set_aside(step) if self._peers.lead else "")
+        return done[0]
 
     def _clear_away(self, step: int) -> None:
         temporary = [s for s in self.steps() if not self._place.is_permanent(s)]

@@ -1,8 +1,8 @@
 """The arrays of a checkpoint as files.  The only module that imports orbax.
 
-One folder per item, one folder per array in it (zarr: `.zarray`, and a file for each chunk, which is what one device
-held), and `_METADATA`.  Process 0 writes the metadata and every process the chunks that it holds and that no process
-before it holds too, so nothing need be merged and any process can be the last.
+One folder per item, one folder per array in it (Zarr 3: `zarr.json`, and below `c/` a file for each chunk, which is
+what one device held), and `_METADATA`.  Process 0 writes what describes, and each process the chunks that it holds and
+none before it, so nothing need be merged and any process can be the last.
 
 Orbax's handler of trees is called directly, and each process declares itself the only active one: `ocp.save` compares
 paths over the devices (`broadcast_one_to_all`, which has no time limit), and its barriers let all wait for the full
@@ -27,6 +27,8 @@ from orbax.checkpoint import v1 as ocp
 
 # Orbax raises what goes wrong and logs it too, as pages of nested tracebacks; the exception is enough.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+FORM = "zarr.json"  # in each array's folder: shape, dtype, chunks
 
 Arrays = Mapping[str, jax.Array | np.ndarray]
 
@@ -133,9 +135,9 @@ def _run(coroutine):
 
 
 def needed(folder: Path, target: jax.ShapeDtypeStruct | np.ndarray) -> set[str]:
-    """Names of the chunk files in an array's folder (whose `.zarray` is there) that this process reads for `target`."""
-    about = json.loads((folder / ".zarray").read_text())
-    shape, chunks = about["shape"], about["chunks"]
+    """Names of the chunk files in an array's folder (whose FORM is there) that this process reads for `target`."""
+    about = json.loads((folder / FORM).read_text())
+    shape, chunks = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
     if isinstance(target, np.ndarray):
         indices = [tuple(slice(None) for _ in shape)]
     else:
@@ -146,5 +148,5 @@ def needed(folder: Path, target: jax.ShapeDtypeStruct | np.ndarray) -> set[str]:
         for piece, size, chunk in zip(index, shape, chunks, strict=True):
             start, stop, _ = piece.indices(size)
             places = [(*p, i) for p in places for i in range(start // chunk, -(-stop // chunk))]
-        names |= {".".join(map(str, place)) or "0" for place in places}
+        names |= {"/".join(["c", *map(str, place)]) for place in places}
     return names

