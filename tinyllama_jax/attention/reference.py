@@ -39,16 +39,20 @@ def reference(
 
     return_lse: also the log-sum-exp of each row of scores, float32 [B, H, T].
     """
+    o_BTHK, lse_BHT = _attend(q_BTHK, k_BSGK, v_BSGK, ranges, q_positions_BT, soft_cap)
+    o_BTHK = checkpoint_name(o_BTHK, OUTPUT)
+    return (o_BTHK, checkpoint_name(lse_BHT, LSE)) if return_lse else o_BTHK
+
+
+def _attend(q_BTHK, k_BSGK, v_BSGK, ranges, q_positions_BT, soft_cap):
+    """The result and the log-sum-exp, without names for a remat policy."""
     B, T, H, K = q_BTHK.shape
     scores_BGRTS, mask, _ = _scores(q_BTHK, k_BSGK, ranges, q_positions_BT, soft_cap)
     # A finite floor: every query sees itself, so the masked weights are exactly zero after the exponential.
     scores_BGRTS = jnp.where(mask, scores_BGRTS, jnp.finfo(jnp.float32).min)
     weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
     o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", weights_BGRTS, v_BSGK)
-    o_BTHK = checkpoint_name(o_BTGRK.reshape(B, T, H, K), OUTPUT)
-    if not return_lse:
-        return o_BTHK
-    return o_BTHK, checkpoint_name(jax.nn.logsumexp(scores_BGRTS, axis=-1).reshape(B, H, T), LSE)
+    return o_BTGRK.reshape(B, T, H, K), jax.nn.logsumexp(scores_BGRTS, axis=-1).reshape(B, H, T)
 
 
 def _scores(q_BTHK, k_BSGK, ranges, q_positions_BT, soft_cap):
@@ -67,7 +71,8 @@ def _scores(q_BTHK, k_BSGK, ranges, q_positions_BT, soft_cap):
 def forward(q_BTHK, k_BTGK, v_BTGK, ranges, *, kind=None, soft_cap=None, interpret=False):
     """The formula as a kernel (see fused.py), for rows that `context` splits: (o [B, T, H, K], lse [B, H, T])."""
     del kind, interpret  # it is the same everywhere
-    return reference(q_BTHK, k_BTGK, v_BTGK, ranges, soft_cap=soft_cap, return_lse=True)
+    # No names: a policy would keep the results of every pair of stripes, not only those of the whole row.
+    return _attend(q_BTHK, k_BTGK, v_BTGK, ranges, None, soft_cap)
 
 
 def backward(
