@@ -154,7 +154,9 @@ READERS = [(1, 1, 4, 2), (2, 2, 2, 1), (1, 4, 1, 2)]
 
 def weights(mesh, model):
     """As after some training: sharper than fresh ones, so that greedy choices are not near ties."""
-    fresh = jax.tree.map(lambda leaf: 3 * np.asarray(leaf), jax.jit(lambda: transformer.init(model, jax.random.key(1)))())
+    fresh = jax.tree.map(
+        lambda leaf: 3 * np.asarray(leaf), jax.jit(lambda: transformer.init(model, jax.random.key(1)))()
+    )
     return jax.device_put(fresh, sharding.param_shardings(fresh, mesh))
 
 

@@ -30,7 +30,9 @@ def test_mesh_sizes_and_axis_types(asked, got):
     assert [device.id for device in mesh.devices.flat] == list(range(8))
 
 
-@pytest.mark.parametrize("asked", [dict(replica=3), dict(data=4), dict(replica=16), dict(replica=16, data=1), dict(tensor=3)])
+@pytest.mark.parametrize(
+    "asked", [dict(replica=3), dict(data=4), dict(replica=16), dict(replica=16, data=1), dict(tensor=3)]
+)
 def test_a_mesh_that_does_not_use_every_device_is_refused_in_one_line(asked):
     with pytest.raises(ConfigError) as error:
         sharding.make_mesh(config.Mesh(**asked))

@@ -92,8 +92,11 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
 
 
 def _grid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    # JAX numbers partitions of GPUs in the same way; their order, by process, needs no help.
+    slices = len(
+        {device.slice_index for device in devices if device.platform == "tpu" and hasattr(device, "slice_index")}
+    )
+    if slices <= 1:
         # jax.make_mesh refuses axes that would cut through a dimension of a TPU's torus: 2 x 8 on a 4x4 slice.
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:

@@ -72,17 +72,21 @@ def forward(q_BTHK, k_BTGK, v_BTGK, ranges, *, kind=None, soft_cap=None, interpr
     """The formula as a kernel (see fused.py), for rows that `context` splits: (o [B, T, H, K], lse [B, H, T])."""
     del kind, interpret  # it is the same everywhere
     # No names: a policy would keep the results of every pair of stripes, not only those of the whole row.
-    return _attend(q_BTHK, k_BTGK, v_BTGK, ranges, None, soft_cap)
+    return _attend(q_BTHK, k_BTGK, v_BTGK, _with(ranges, q_BTHK), None, soft_cap)
 
 
-def backward(
-    q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, ranges, *, kind=None, soft_cap=None, interpret=False
-):
+def _with(ranges, q_BTHK):
+    """`ranges`, as if they depended on q.  Else JAX sees that the masks are the same in every layer, and makes those of
+    all pairs of stripes before the first one: T x T/C of them."""
+    return None if ranges is None else jax.lax.optimization_barrier((ranges, q_BTHK))[0]
+
+
+def backward(q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, ranges, *, kind=None, soft_cap=None, interpret=False):
     """(dq, dk, dv), from the log-sum-exp and delta = sum(o do) of each row, which may be of more keys than these."""
     del kind, interpret
     B, T, H, K = q_BTHK.shape
     G = k_BTGK.shape[2]
-    scores, mask, slope = _scores(q_BTHK, k_BTGK, ranges, None, soft_cap)
+    scores, mask, slope = _scores(q_BTHK, k_BTGK, _with(ranges, q_BTHK), None, soft_cap)
     of_row = lambda x_BHT: x_BHT.reshape(B, G, H // G, T)[..., None]  # noqa: E731
     p = jnp.where(mask, jnp.exp(scores - of_row(lse_BHT)), 0.0)
     q, do = (x.reshape(B, T, G, H // G, K) for x in (q_BTHK, do_BTHK))

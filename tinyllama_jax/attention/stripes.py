@@ -136,7 +136,5 @@ def backward(
 
     dq_BNHK, by_stripe = lax.scan(add, jnp.zeros(q_BNHK.shape, jnp.float32), theirs)
     # Each place has a part of every key's gradient; their sum is made in float32, and each place keeps its own keys'.
-    dk_BNGK, dv_BNGK = (
-        lax.psum_scatter(x.astype(jnp.float32), context.axis, scatter_dimension=0) for x in by_stripe
-    )
+    dk_BNGK, dv_BNGK = (lax.psum_scatter(x.astype(jnp.float32), context.axis, scatter_dimension=0) for x in by_stripe)
     return dq_BNHK.astype(q_BNHK.dtype), dk_BNGK.astype(k_BNGK.dtype), dv_BNGK.astype(v_BNGK.dtype)
