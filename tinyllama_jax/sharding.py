@@ -93,9 +93,8 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
 
 def _grid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
     # JAX numbers partitions of GPUs in the same way; their order, by process, needs no help.
-    slices = len(
-        {device.slice_index for device in devices if device.platform == "tpu" and hasattr(device, "slice_index")}
-    )
+    tpus = [device for device in devices if device.platform == "tpu"]
+    slices = len({getattr(device, "slice_index", 0) for device in tpus})
     if slices <= 1:
         # jax.make_mesh refuses axes that would cut through a dimension of a TPU's torus: 2 x 8 on a 4x4 slice.
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -189,8 +188,8 @@ def row_share(mesh: DeviceMesh, process: int | None = None) -> tuple[int, int]:
     index, rest = divmod(places[0], len(places))
     if rest or len(by_place) % len(places) or places != list(range(places[0], places[0] + len(places))):
         raise ConfigError(
-            f"mesh {dict(mesh.shape)}: the rows of process {process} lie at places {places} of {len(by_place)}, which is "
-            "no equal share; choose mesh.context and mesh.tensor that divide the devices of a process, or the reverse"
+            f"mesh {dict(mesh.shape)}: the rows of process {process} lie at places {places} of {len(by_place)}, which "
+            "is no equal share; choose sizes of mesh.context and mesh.tensor that divide a process's devices"
         )
     return index, len(by_place) // len(places)
 

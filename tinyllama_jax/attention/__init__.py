@@ -56,9 +56,9 @@ def attention(
     return_lse      also return the log-sum-exp of each row of scores, float32 [B, H, T], natural logarithm: what
                     results over parts of the keys are merged by.
 
-    Runs under `jax.set_mesh`, sharded as q in rows, tokens and heads; tokens that are sharded are `sharding.striped`, but
-    `ranges` are of the row in its order.  Raises ConfigError for shapes that do not fit together,
-    for an unknown implementation, and for one that cannot serve the call; nothing is ignored.
+    Runs under `jax.set_mesh`, sharded as q in rows, tokens and heads; tokens that are sharded are `sharding.striped`,
+    but `ranges` are of the row in its order.  Raises ConfigError for shapes that do not fit together, for an unknown
+    implementation, and for one that cannot serve the call; nothing is ignored.
     """
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     if k_BSGK.shape != v_BSGK.shape or k_BSGK.shape != (B, S, G, K):

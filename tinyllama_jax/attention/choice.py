@@ -51,7 +51,10 @@ class Call(NamedTuple):
 
 
 def kernel(name: str) -> ModuleType:
-    """The module of one of KERNELS, or of the reference, which can stand in for one; imported when it is first needed, for Pallas takes a second."""
+    """The module of one of KERNELS, or the reference's, which can stand in for one.
+
+    Imported when it is first needed, for Pallas takes a second.
+    """
     return importlib.import_module(f"tinyllama_jax.attention.{name}")
 
 

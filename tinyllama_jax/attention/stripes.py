@@ -1,9 +1,9 @@
 """Attention over rows whose tokens the mesh's `context` splits, by the same kernels, one pair of stripes at a time.
 
-Place c of C holds the tokens c, c + C, c + 2C, ... of a row (Striped Attention, arXiv 2311.09431).  So query i of stripe
-a sees the keys 0 .. i of stripe b where b <= a, and 0 .. i - 1 where b > a: ordinary causal attention over T/C tokens,
-in the second case with the queries moved up by one.  Every place has the same work at the same time, and documents
-are ranges of keys within a pair as they are in the whole row.
+Place c of C holds the tokens c, c + C, c + 2C, ... of a row (Striped Attention, arXiv 2311.09431).  So query i of
+stripe a sees the keys 0 .. i of stripe b where b <= a, and 0 .. i - 1 where b > a: ordinary causal attention over T/C
+tokens, in the second case with the queries moved up by one.  Every place has the same work at the same time, and
+documents are ranges of keys within a pair as they are in the whole row.
 
 Keys and values are gathered over `context` once per layer and pass: with grouped heads they are small beside the
 queries, and one collective can run ahead of the kernels, which a ring would make wait for its slowest member at every

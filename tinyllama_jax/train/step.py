@@ -42,7 +42,7 @@ def check_mesh(run: Run, mesh: Mesh) -> None:
 
 
 def check_batches(run: Run, plan: Plan, mesh: Mesh) -> None:
-    """Raises ConfigError when a stage's micro-batch cannot be spread over the devices, or the model not over the mesh."""
+    """Raises ConfigError when a stage's micro-batch cannot be spread over the devices, or what `check_mesh` refuses."""
     check_mesh(run, mesh)
     shards = mesh.shape["replica"] * mesh.shape["data"]
     for stage in plan.stages:
