@@ -24,7 +24,12 @@ B, T, D, V = 8, 13, 16, 50
 RNG = np.random.default_rng(0)
 X, W = RNG.normal(size=(B, T, D)).astype(np.float32), RNG.normal(size=(D, V)).astype(np.float32)
 TARGETS, VALID = RNG.integers(0, V, (B, T)), RNG.random((B, T)) > 0.3
-MESHES = {"1x1": (config.Mesh(), 1), "1x8": (config.Mesh(), 8), "2x4": (config.Mesh(replica=2), 8)}
+MESHES = {
+    "1x1": (config.Mesh(), 1),
+    "1x8": (config.Mesh(), 8),
+    "2x4": (config.Mesh(replica=2), 8),
+    "words": (config.Mesh(replica=2, tensor=2), 8),  # half of the vocabulary on each device
+}
 
 
 def dense(x, w, z_loss=0.0, valid=VALID):
@@ -45,6 +50,8 @@ def place(mesh, rows, w_spec, dtype=jnp.float32, ignored=-100, valid=VALID):
     def put(x, *spec):
         return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
+    if mesh.shape["tensor"] > 1:
+        w_spec = (*w_spec[:-1], "tensor")
     # Invalid targets hold what padding may hold; nobody may look at them.
     targets = np.where(valid, TARGETS, ignored).astype(np.int32)
     x = put(jnp.asarray(X, dtype), rows, None, None)
@@ -169,7 +176,7 @@ def test_bf16_hidden_states(one_device, chunk_tokens):
 
 
 @pytest.mark.parametrize("chunk_tokens", [5, 1000])
-@pytest.mark.parametrize("mesh_name", ["1x1", "2x4"])
+@pytest.mark.parametrize("mesh_name", ["1x1", "2x4", "words"])
 def test_z_loss_against_dense_float64(mesh_name, chunk_tokens):
     cfg, devices = MESHES[mesh_name]
     mesh = sharding.make_mesh(cfg, jax.devices()[:devices])
@@ -255,7 +262,7 @@ def test_all_logits_never_exist_at_once(one_device):
 
 
 @pytest.mark.parametrize("chunk_tokens", [5, 1000])
-@pytest.mark.parametrize("mesh_name", ["1x1", "2x4"])
+@pytest.mark.parametrize("mesh_name", ["1x1", "2x4", "words"])
 def test_token_nll_and_its_gradients(mesh_name, chunk_tokens):
     cfg, devices = MESHES[mesh_name]
     mesh = sharding.make_mesh(cfg, jax.devices()[:devices])

@@ -2,14 +2,15 @@
 
 Tokens are taken a chunk at a time, per device, inside one `shard_map`.  For training the gradients are made in the
 same pass as the loss (the cotangent of a scalar is only a factor), so each chunk's logits are computed once and
-forgotten, and the head's gradient crosses devices once, after the loop.
+forgotten, and the head's gradient crosses devices once, after the loop.  Where the mesh's `tensor` splits the
+vocabulary, each device has the logits of its part, and two numbers per token are summed over `tensor`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,60 +49,78 @@ def training_loss(
     (arXiv 2204.02311, section 5, with 1e-4).  Differentiate the objective; nll and z are for the log and have no
     gradients.  Everything else is as for `cross_entropy`.
     """
-    spec = P(sharding.batch_axes(x_BTD), None)
-    targets_BT, valid_BT = reshard(targets_BT, spec), reshard(valid_BT, spec)
+    by_token = _layout(x_BTD).by_token
+    targets_BT, valid_BT = reshard(targets_BT, by_token), reshard(valid_BT, by_token)
     objective, parts = _sums(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens, z_loss)
     return objective, *jax.lax.stop_gradient(parts)
 
 
 def token_nll(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int) -> jax.Array:
-    """-log softmax(x w)[target] of every token, in nats, float32 [B, T]: for scoring.
+    """-log softmax(x w)[target] of every token, in nats, float32 [B, T], in the order of x's tokens: for scoring.
 
     Differentiable in x and w; the backward pass computes each chunk's logits again.
     """
-    rows = sharding.batch_axes(x_BTD)
+    layout, w_DV = _layout(x_BTD), sharding.gather(w_DV.astype(x_BTD.dtype))
+    vocab = jax.typeof(w_DV).sharding.spec[1]
 
     def local(x_BTD, w_DV, targets_BT):
         def chunk(_, x_CD, targets_C):
-            return None, _nll(x_CD, w_DV, targets_C)[0]
+            return None, _nll(x_CD, w_DV, _within(targets_C, w_DV, vocab), vocab)[0]
 
         _, nll_C = _over_chunks(jax.checkpoint(chunk), None, chunk_tokens, x_BTD, targets_BT)
         return nll_C.reshape(targets_BT.shape)
 
-    specs = (P(rows, None, None), P(None, None), P(rows, None))
-    run = jax.shard_map(local, in_specs=specs, out_specs=P(rows, None), check_vma=False)
-    return run(x_BTD, sharding.gather(w_DV.astype(x_BTD.dtype)), reshard(targets_BT, P(rows, None)))
+    specs = (layout.x, P(None, vocab), layout.by_token)
+    run = jax.shard_map(local, in_specs=specs, out_specs=layout.by_token, check_vma=False)
+    return run(x_BTD, w_DV, reshard(targets_BT, layout.by_token))
+
+
+class _Layout(NamedTuple):
+    """How hidden states and their tokens lie over the mesh."""
+
+    x: P
+    by_token: P
+    axes: tuple[str, ...]  # all mesh axes over which tokens lie
+
+
+def _layout(x_BTD: jax.Array) -> _Layout:
+    rows, tokens = jax.typeof(x_BTD).sharding.spec[:2]
+    axes = (() if rows is None else (rows,) if isinstance(rows, str) else tuple(rows)) + ((tokens,) if tokens else ())
+    return _Layout(P(rows, tokens, None), P(rows, tokens), axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _sums(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens, z_loss):
-    rows = sharding.batch_axes(x_BTD)
+    layout, w_DV = _layout(x_BTD), sharding.gather(w_DV.astype(x_BTD.dtype))
+    vocab = jax.typeof(w_DV).sharding.spec[1]
 
     def local(x_BTD, w_DV, targets_BT, valid_BT):
         def chunk(sums, x_CD, targets_C, valid_C):
-            nll_C, _, lse_C = _nll(x_CD, w_DV, jnp.where(valid_C, targets_C, 0))
+            targets_C = _within(jnp.where(valid_C, targets_C, 0), w_DV, vocab)
+            nll_C, _, lse_C = _nll(x_CD, w_DV, targets_C, vocab)
             return sums + _chunk_sums(nll_C, lse_C, valid_C), ()
 
         sums, _ = _over_chunks(chunk, jnp.zeros(2), chunk_tokens, x_BTD, targets_BT, valid_BT)
-        return jax.lax.psum(sums, rows) if rows else sums
+        return jax.lax.psum(sums, layout.axes) if layout.axes else sums
 
-    specs = (P(rows, None, None), P(None, None), P(rows, None), P(rows, None))
+    specs = (layout.x, P(None, vocab), layout.by_token, layout.by_token)
     run = jax.shard_map(local, in_specs=specs, out_specs=P(None), check_vma=False)
-    return _parts(run(x_BTD, sharding.gather(w_DV.astype(x_BTD.dtype)), targets_BT, valid_BT), z_loss)
+    return _parts(run(x_BTD, w_DV, targets_BT, valid_BT), z_loss)
 
 
 def _sums_forward(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens, z_loss):
     """The sums, and as residuals the objective's gradients by x (in x's dtype) and w (float32, sharded as w)."""
-    rows, w_spec = sharding.batch_axes(x_BTD), jax.typeof(w_DV).sharding.spec
-    row_axes = () if rows is None else (rows,) if isinstance(rows, str) else tuple(rows)
+    layout, w_spec = _layout(x_BTD), jax.typeof(w_DV).sharding.spec
+    w_DV = sharding.gather(w_DV.astype(x_BTD.dtype))
+    vocab = jax.typeof(w_DV).sharding.spec[1]
     # The dimension of w that lies on an axis of the batch gets its sum over that axis already cut in shares.
-    scattered = [(axis, dim) for dim, axis in enumerate(w_spec) if axis in row_axes]
+    scattered = [(axis, dim) for dim, axis in enumerate(w_spec) if axis in layout.axes]
 
     def local(x_BTD, w_DV, targets_BT, valid_BT):
         def chunk(carry, x_CD, targets_C, valid_C):
             sums, dw_DV = carry
-            targets_C = jnp.where(valid_C, targets_C, 0)
-            nll_C, logits_CV, lse_C = _nll(x_CD, w_DV, targets_C)
+            targets_C = _within(jnp.where(valid_C, targets_C, 0), w_DV, vocab)
+            nll_C, logits_CV, lse_C = _nll(x_CD, w_DV, targets_C, vocab)
             p_CV = jnp.exp(logits_CV - lse_C[:, None])
             if z_loss:  # d lse^2 / d logits = 2 lse p
                 p_CV *= 1 + 2 * z_loss * lse_C[:, None]
@@ -116,20 +135,21 @@ def _sums_forward(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens, z_loss):
         (sums, dw_DV), dx_CD = _over_chunks(chunk, start, chunk_tokens, x_BTD, targets_BT, valid_BT)
         for axis, dim in scattered:
             dw_DV = jax.lax.psum_scatter(dw_DV, axis, scatter_dimension=dim, tiled=True)
-        summed = tuple(a for a in row_axes if a not in dict(scattered))
+        summed = tuple(a for a in layout.axes if a not in dict(scattered))
         dw_DV = jax.lax.psum(dw_DV, summed) if summed else dw_DV
-        return jax.lax.psum(sums, row_axes) if row_axes else sums, dx_CD.reshape(x_BTD.shape), dw_DV
+        dx_CD = jax.lax.psum(dx_CD, vocab) if vocab else dx_CD
+        return jax.lax.psum(sums, layout.axes) if layout.axes else sums, dx_CD.reshape(x_BTD.shape), dw_DV
 
-    x_spec, by_token, dw_spec = P(rows, None, None), P(rows, None), [None, None]
+    dw_spec = [None, vocab]
     for axis, dim in scattered:
         dw_spec[dim] = axis
     run = jax.shard_map(
         local,
-        in_specs=(x_spec, P(None, None), by_token, by_token),
-        out_specs=(P(None), x_spec, P(*dw_spec)),
+        in_specs=(layout.x, P(None, vocab), layout.by_token, layout.by_token),
+        out_specs=(P(None), layout.x, P(*dw_spec)),
         check_vma=False,
     )
-    sums, dx_BTD, dw_DV = run(x_BTD, sharding.gather(w_DV.astype(x_BTD.dtype)), targets_BT, valid_BT)
+    sums, dx_BTD, dw_DV = run(x_BTD, w_DV, targets_BT, valid_BT)
     return _parts(sums, z_loss), (dx_BTD, reshard(dw_DV, w_spec))
 
 
@@ -152,11 +172,28 @@ def _parts(sums: jax.Array, z_loss: float) -> tuple[jax.Array, tuple[jax.Array, 
     return (nll + z if z_loss else nll), (nll, z)  # without the term nothing is added, not even 0 * inf
 
 
-def _nll(x_CD: jax.Array, w_DV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Loss per token [C], the logits [C, V] and their log-sum-exp [C], all float32."""
+def _within(targets_C: jax.Array, w_DV: jax.Array, vocab: str | None) -> jax.Array:
+    """Targets counted from the first word of this device's part of the vocabulary; outside of it for most devices."""
+    return targets_C - jax.lax.axis_index(vocab) * w_DV.shape[1] if vocab else targets_C
+
+
+def _nll(
+    x_CD: jax.Array, w_DV: jax.Array, targets_C: jax.Array, vocab: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Loss per token [C], the logits [C, V] and their log-sum-exp [C], all float32.
+
+    vocab: the mesh axis of whose part of the vocabulary w and the logits are, and targets are counted from.
+    """
     logits_CV = jnp.matmul(x_CD, w_DV, preferred_element_type=jnp.float32)
-    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    return lse_C - jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0], logits_CV, lse_C
+    if vocab is None:
+        lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+        return lse_C - jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0], logits_CV, lse_C
+    max_C = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_CV, axis=-1)), vocab)
+    is_target_CV = jnp.arange(logits_CV.shape[1]) == targets_C[:, None]
+    sums_2C = jnp.stack([jnp.exp(logits_CV - max_C[:, None]), jnp.where(is_target_CV, logits_CV, 0.0)]).sum(axis=-1)
+    total_C, target_C = jax.lax.psum(sums_2C, vocab)
+    lse_C = max_C + jnp.log(total_C)
+    return lse_C - target_C, logits_CV, lse_C
 
 
 def _over_chunks(

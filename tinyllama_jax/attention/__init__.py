@@ -8,12 +8,14 @@
     hopper      ours, Pallas Mosaic GPU                                  H100, H200
     tpu         ours, Pallas Mosaic TPU                                  TPUs v4 and later
 
+The last three and the reference also serve rows whose tokens the mesh's `context` splits: stripes.py.
 Ours skip what no query of a block can see, in the forward and in both backward passes.  choice.py picks for `auto`.
 """
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
@@ -54,8 +56,9 @@ def attention(
     return_lse      also return the log-sum-exp of each row of scores, float32 [B, H, T], natural logarithm: what
                     results over parts of the keys are merged by.
 
-    Runs under `jax.set_mesh`, sharded as q in rows and heads.  Raises ConfigError for shapes that do not fit together,
-    for an unknown implementation, and for one that cannot serve the call; nothing is ignored.
+    Runs under `jax.set_mesh`, sharded as q in rows, tokens and heads; tokens that are sharded are `sharding.striped`,
+    but `ranges` are of the row in its order.  Raises ConfigError for shapes that do not fit together, for an unknown
+    implementation, and for one that cannot serve the call; nothing is ignored.
     """
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     if k_BSGK.shape != v_BSGK.shape or k_BSGK.shape != (B, S, G, K):
@@ -71,7 +74,9 @@ def attention(
     if window is not None and window < 1:
         raise ConfigError(f"attention: window={window}, but a query sees at least itself")
 
-    rows = sharding.batch_axes(q_BTHK)
+    rows, context = sharding.batch_axes(q_BTHK), sharding.parts(sharding.token_axis(q_BTHK))
+    if context > 1 and q_positions_BT is not None:
+        raise ConfigError("attention: q_positions_BT goes with whole rows, and mesh.context splits these")
     if B == 1 and rows is not None:
         # The axes are of size 1 then.  JAX 0.12 forgets them where heads are split by 1, and complains that q and k lie
         # differently; so they are put aside for the while.
@@ -89,6 +94,7 @@ def attention(
         cache=q_positions_BT is not None,
         soft_cap=soft_cap,
         lse=return_lse,
+        context=context,
     )
     name, _ = choose(implementation, call)
     o_BTHK, lse_BHT = _run(name, q_BTHK, k_BSGK, v_BSGK, seen, q_positions_BT, soft_cap, return_lse)
@@ -100,7 +106,7 @@ def attention(
 
 def _run(name, q_BTHK, k_BSGK, v_BSGK, seen, q_positions_BT, soft_cap, return_lse):
     """Implementation `name`: the result, and the log-sum-exp or None."""
-    if name == "reference":
+    if name == "reference" and sharding.parts(sharding.token_axis(q_BTHK)) == 1:
         answer = reference(q_BTHK, k_BSGK, v_BSGK, seen, q_positions_BT, soft_cap, return_lse)
         return answer if return_lse else (answer, None)
     if name == "xla":
@@ -121,4 +127,7 @@ def _ranges(given: jax.Array | Ranges | None, q_BTHK: jax.Array, window: int | N
         return given if window is None else documents.narrow(given, window)
     if given is not None:
         return ranges(given, window)
-    return None if window is None else ranges(q_BTHK[:, :, 0, 0].astype("int32") * 0, window)
+    if window is None:
+        return None
+    one_document_BT = jnp.zeros(q_BTHK.shape[:2], jnp.int32, out_sharding=P(sharding.batch_axes(q_BTHK), None))
+    return ranges(one_document_BT, window)

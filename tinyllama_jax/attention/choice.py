@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tinyllama_jax import sharding
 from tinyllama_jax.config import Run
 from tinyllama_jax.errors import ConfigError
 
@@ -39,16 +40,21 @@ class Call(NamedTuple):
     cache: bool = False  # query positions into a key/value cache
     soft_cap: float | None = None
     lse: bool = False  # the log-sum-exp is asked for
+    context: int = 1  # places of the mesh that split a row's tokens
 
     @classmethod
     def of(cls, run: Run) -> Call:
-        """A training step's."""
-        model, data = run.model, run.data
-        return cls(model.head_dim, model.compute_dtype, data.sequence_tokens, ranges=data.document_masking)
+        """A training step's, on the mesh in use."""
+        model, data, context = run.model, run.data, sharding.parts(sharding.CONTEXT)
+        masked = data.document_masking
+        return cls(model.head_dim, model.compute_dtype, data.sequence_tokens, ranges=masked, context=context)
 
 
 def kernel(name: str) -> ModuleType:
-    """The module of one of KERNELS; imported when it is first needed, for Pallas takes a second."""
+    """The module of one of KERNELS, or the reference's, which can stand in for one.
+
+    Imported when it is first needed, for Pallas takes a second.
+    """
     return importlib.import_module(f"tinyllama_jax.attention.{name}")
 
 
@@ -69,6 +75,8 @@ def obstacle(name: str, call: Call, platform: str, kind: str) -> str | None:
         return f"it runs on {needs.upper()}s and this is a {platform}"
     if name == "hopper" and not interpreted and not any(word in kind for word in ("H100", "H200", "H800", "H20")):
         return f"it runs on Hopper GPUs and this is {kind}"
+    if call.context > 1 and (name not in (*KERNELS, "reference") or call.cache):
+        return "it returns no log-sum-exp to merge the parts of a row by, which mesh.context splits"
     if call.cache and name not in ("reference", "xla"):
         return "it does not read a key/value cache"
     if name in KERNELS:

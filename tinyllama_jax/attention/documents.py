@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 
 from tinyllama_jax import sharding
 
@@ -27,11 +29,16 @@ class Ranges(NamedTuple):
 def ranges(documents_BT: jax.Array, window: int | None = None) -> Ranges:
     """Ranges of a packed row; a document is a run of equal ids, so an id that comes back later is another document.
 
-    Made once per batch and passed to every layer.  window: as in `narrow`.
+    Made once per batch and passed to every layer.  window: as in `narrow`.  Tokens that `context` splits are striped;
+    their ranges are of the whole row in its order, on every place of `context`.
     """
     B, T = documents_BT.shape
+    tokens = sharding.token_axis(documents_BT)
+    if tokens is not None:
+        documents_BT = reshard(documents_BT, P(sharding.batch_axes(documents_BT), None))
+        documents_BT = sharding.in_order(documents_BT, sharding.parts(tokens))
     if B == 1 and sharding.batch_axes(documents_BT) is not None:
-        documents_BT = sharding.gather(documents_BT)  # JAX 0.12 forgets axes of size 1 where a row is sliced
+        documents_BT = reshard(documents_BT, P(None, None))  # JAX 0.12 forgets axes of size 1 where a row is sliced
     position_T = jnp.arange(T, dtype=jnp.int32)
     # Slices of the row would need its axis unsharded by name; a roll and the known first position do not.
     begins_BT = (documents_BT != jnp.roll(documents_BT, 1, axis=1)) | (position_T == 0)

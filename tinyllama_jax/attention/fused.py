@@ -2,8 +2,9 @@
 
 The backward pass is a kernel of its own and needs only the result and the log-sum-exp of each row, under the names of
 names.py, so that a remat policy can keep them and the forward kernel runs once.  `shard_map` stands inside the
-differentiation rules: nothing differentiates through it, and no collective is needed, for rows and heads are
-independent.
+differentiation rules: nothing differentiates through it, and rows and heads are independent, so that no collective is
+needed.  Tokens are not: where the mesh's `context` splits them, stripes.py calls the kernel once for each part of the
+keys.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
+from tinyllama_jax import sharding
+from tinyllama_jax.attention import stripes
 from tinyllama_jax.attention.choice import kernel
 from tinyllama_jax.attention.documents import Ranges
 from tinyllama_jax.attention.names import LSE, OUTPUT
@@ -38,16 +41,18 @@ def by_kernel(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention [B, T, H, K] in q's dtype, and its log-sum-exp float32 [B, H, T], by one of our kernels.
 
-    Raises ConfigError when tokens or head dimensions are sharded, or the heads of q and k differently.
+    Tokens may be striped over `context` (sharding.striped); ranges are of the whole row, in the order of its tokens.
+    Raises ConfigError when head dimensions are sharded, or the heads of q and k differently.
     """
     return _forward(q_BTHK, k_BTGK, v_BTGK, ranges, options)
 
 
 def _forward(q_BTHK, k_BTGK, v_BTGK, ranges, options):
-    module, T = kernel(options.name), q_BTHK.shape[1]
+    module = kernel(options.name)
     specs = _specs(q_BTHK, k_BTGK, ranges)
 
-    def local(q_BTHK, k_BTGK, v_BTGK, ranges):
+    def whole_row(q_BTHK, k_BTGK, v_BTGK, ranges):
+        T = q_BTHK.shape[1]
         q_BTHK, k_BTGK, v_BTGK = (_pad(x, 1, module.GRANULE) for x in (q_BTHK, k_BTGK, v_BTGK))
         o_BTHK, lse_BHT = module.forward(
             q_BTHK,
@@ -59,6 +64,9 @@ def _forward(q_BTHK, k_BTGK, v_BTGK, ranges, options):
             interpret=options.interpret,
         )
         return o_BTHK[:, :T], lse_BHT[:, :, :T]
+
+    def local(*arrays):
+        return stripes.forward(whole_row, *arrays, specs.context) if specs.context else whole_row(*arrays)
 
     run = jax.shard_map(
         local, in_specs=(specs.q, specs.q, specs.q, specs.ranges), out_specs=(specs.q, specs.lse), check_vma=False
@@ -77,15 +85,11 @@ def _forward_rule(q_BTHK, k_BTGK, v_BTGK, ranges, options):
 def _backward_rule(options, residuals, cotangents):
     q_BTHK, k_BTGK, v_BTGK, ranges, o_BTHK, lse_BHT = residuals
     do_BTHK, dlse_BHT = cotangents
-    module, T = kernel(options.name), q_BTHK.shape[1]
+    module = kernel(options.name)
     specs = _specs(q_BTHK, k_BTGK, ranges)
 
-    def local(q_BTHK, k_BTGK, v_BTGK, ranges, o_BTHK, lse_BHT, do_BTHK, dlse_BHT):
-        # sum_s P dP, by which the softmax's gradient is centred, equals o . do (arXiv 2205.14135, appendix B.4).
-        # Products and sum in float32, and no matrix product: those would be rounded to TF32 on a GPU.
-        # The gradient of the log-sum-exp itself is P, so its cotangent joins here.
-        delta_BTH = jnp.sum(o_BTHK.astype(jnp.float32) * do_BTHK.astype(jnp.float32), axis=-1)
-        delta_BHT = jnp.transpose(delta_BTH, (0, 2, 1)) - dlse_BHT
+    def whole_row(q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, ranges):
+        T = q_BTHK.shape[1]
         by_token = (_pad(x, 1, module.GRANULE) for x in (q_BTHK, k_BTGK, v_BTGK, do_BTHK))
         by_row = (_pad(x, 2, module.GRANULE) for x in (lse_BHT, delta_BHT))
         gradients = module.backward(
@@ -97,6 +101,15 @@ def _backward_rule(options, residuals, cotangents):
             interpret=options.interpret,
         )
         return tuple(x[:, :T] for x in gradients)
+
+    def local(q_BTHK, k_BTGK, v_BTGK, ranges, o_BTHK, lse_BHT, do_BTHK, dlse_BHT):
+        # sum_s P dP, by which the softmax's gradient is centred, equals o . do (arXiv 2205.14135, appendix B.4).
+        # Products and sum in float32, and no matrix product: those would be rounded to TF32 on a GPU.
+        # The gradient of the log-sum-exp itself is P, so its cotangent joins here.
+        delta_BTH = jnp.sum(o_BTHK.astype(jnp.float32) * do_BTHK.astype(jnp.float32), axis=-1)
+        delta_BHT = jnp.transpose(delta_BTH, (0, 2, 1)) - dlse_BHT
+        arrays = (q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, ranges)
+        return stripes.backward(whole_row, *arrays, specs.context) if specs.context else whole_row(*arrays)
 
     run = jax.shard_map(
         local,
@@ -118,17 +131,24 @@ class _Specs(NamedTuple):
     q: P
     lse: P
     ranges: Ranges | None
+    context: stripes.Context | None
 
 
 def _specs(q_BTHK: jax.Array, k_BTGK: jax.Array, ranges: Ranges | None) -> _Specs:
-    """How the arrays lie over the mesh: rows and heads as q's, everything else whole."""
+    """How the arrays lie over the mesh: rows, tokens and heads as q's, everything else whole."""
     rows, tokens, heads, head_dim = jax.typeof(q_BTHK).sharding.spec
-    if tokens is not None or head_dim is not None:
-        raise ConfigError(f"attention: q lies as {(rows, tokens, heads, head_dim)}; only rows and heads may be sharded")
+    if head_dim is not None:
+        raise ConfigError(f"attention: q lies as {(rows, tokens, heads, head_dim)}; head dimensions must be whole")
     if jax.typeof(k_BTGK).sharding.spec[2] != heads:
         raise ConfigError(f"attention: query heads lie over mesh axes {heads}, key heads do not")
     by_row = P(rows, None)
-    return _Specs(P(rows, None, heads, None), P(rows, heads, None), ranges and Ranges(by_row, by_row))
+    count = sharding.parts(tokens)
+    return _Specs(
+        q=P(rows, tokens, heads, None),
+        lse=P(rows, heads, tokens),
+        ranges=ranges and Ranges(by_row, by_row),
+        context=stripes.Context(tokens, count) if count > 1 else None,
+    )
 
 
 def _pad(x: jax.Array, axis: int, granule: int) -> jax.Array:

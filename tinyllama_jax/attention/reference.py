@@ -12,6 +12,8 @@ from tinyllama_jax.attention import documents
 from tinyllama_jax.attention.documents import Ranges
 from tinyllama_jax.attention.names import LSE, OUTPUT
 
+GRANULE = 1  # `forward` and `backward` take any number of tokens
+
 
 def visible(queries: int, keys: int, ranges: Ranges | None, q_positions_BT: jax.Array | None) -> jax.Array:
     """Which keys each query sees: bool [1 or B, T, S].
@@ -37,18 +39,61 @@ def reference(
 
     return_lse: also the log-sum-exp of each row of scores, float32 [B, H, T].
     """
+    o_BTHK, lse_BHT = _attend(q_BTHK, k_BSGK, v_BSGK, ranges, q_positions_BT, soft_cap)
+    o_BTHK = checkpoint_name(o_BTHK, OUTPUT)
+    return (o_BTHK, checkpoint_name(lse_BHT, LSE)) if return_lse else o_BTHK
+
+
+def _attend(q_BTHK, k_BSGK, v_BSGK, ranges, q_positions_BT, soft_cap):
+    """The result and the log-sum-exp, without names for a remat policy."""
     B, T, H, K = q_BTHK.shape
-    S, G = k_BSGK.shape[1:3]
-    mask_BTS = visible(T, S, ranges, q_positions_BT)
-    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)  # grouped: K and V are never repeated
-    scores_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32) / math.sqrt(K)
-    if soft_cap is not None:
-        scores_BGRTS = soft_cap * jnp.tanh(scores_BGRTS / soft_cap)
+    scores_BGRTS, mask, _ = _scores(q_BTHK, k_BSGK, ranges, q_positions_BT, soft_cap)
     # A finite floor: every query sees itself, so the masked weights are exactly zero after the exponential.
-    scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min)
+    scores_BGRTS = jnp.where(mask, scores_BGRTS, jnp.finfo(jnp.float32).min)
     weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
     o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", weights_BGRTS, v_BSGK)
-    o_BTHK = checkpoint_name(o_BTGRK.reshape(B, T, H, K), OUTPUT)
-    if not return_lse:
-        return o_BTHK
-    return o_BTHK, checkpoint_name(jax.nn.logsumexp(scores_BGRTS, axis=-1).reshape(B, H, T), LSE)
+    return o_BTGRK.reshape(B, T, H, K), jax.nn.logsumexp(scores_BGRTS, axis=-1).reshape(B, H, T)
+
+
+def _scores(q_BTHK, k_BSGK, ranges, q_positions_BT, soft_cap):
+    """Scores [B, G, R, T, S] in float32, the mask over them, and the soft cap's slope at each."""
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)  # grouped: K and V are never repeated
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32) / math.sqrt(K)
+    slope = 1.0
+    if soft_cap is not None:
+        capped = jnp.tanh(scores / soft_cap)
+        scores, slope = soft_cap * capped, 1 - capped**2
+    return scores, visible(T, S, ranges, q_positions_BT)[:, None, None], slope
+
+
+def forward(q_BTHK, k_BTGK, v_BTGK, ranges, *, kind=None, soft_cap=None, interpret=False):
+    """The formula as a kernel (see fused.py), for rows that `context` splits: (o [B, T, H, K], lse [B, H, T])."""
+    del kind, interpret  # it is the same everywhere
+    # No names: a policy would keep the results of every pair of stripes, not only those of the whole row.
+    return _attend(q_BTHK, k_BTGK, v_BTGK, _with(ranges, q_BTHK), None, soft_cap)
+
+
+def _with(ranges, q_BTHK):
+    """`ranges`, as if they depended on q.  Else JAX sees that the masks are the same in every layer, and makes those of
+    all pairs of stripes before the first one: T x T/C of them."""
+    return None if ranges is None else jax.lax.optimization_barrier((ranges, q_BTHK))[0]
+
+
+def backward(q_BTHK, k_BTGK, v_BTGK, do_BTHK, lse_BHT, delta_BHT, ranges, *, kind=None, soft_cap=None, interpret=False):
+    """(dq, dk, dv), from the log-sum-exp and delta = sum(o do) of each row, which may be of more keys than these."""
+    del kind, interpret
+    B, T, H, K = q_BTHK.shape
+    G = k_BTGK.shape[2]
+    scores, mask, slope = _scores(q_BTHK, k_BTGK, _with(ranges, q_BTHK), None, soft_cap)
+    of_row = lambda x_BHT: x_BHT.reshape(B, G, H // G, T)[..., None]  # noqa: E731
+    p = jnp.where(mask, jnp.exp(scores - of_row(lse_BHT)), 0.0)
+    q, do = (x.reshape(B, T, G, H // G, K) for x in (q_BTHK, do_BTHK))
+    f32 = {"preferred_element_type": jnp.float32}
+    dp = jnp.einsum("btgrk,bsgk->bgrts", do, v_BTGK, **f32)
+    ds = (p * (dp - of_row(delta_BHT)) * slope / math.sqrt(K)).astype(q.dtype)
+    dq = jnp.einsum("bgrts,bsgk->btgrk", ds, k_BTGK, **f32).reshape(q_BTHK.shape)
+    dk = jnp.einsum("bgrts,btgrk->bsgk", ds, q, **f32)
+    dv = jnp.einsum("bgrts,btgrk->bsgk", p.astype(do.dtype), do, **f32)
+    return dq.astype(q_BTHK.dtype), dk.astype(k_BTGK.dtype), dv.astype(v_BTGK.dtype)

@@ -16,7 +16,7 @@ from tinyllama_jax.data.store import TokenStore, Windows
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.loss import cross_entropy
 from tinyllama_jax.model import transformer
-from tinyllama_jax.sharding import batch_sharding
+from tinyllama_jax.sharding import striped, token_sharding
 
 HeldOut = dict[str, Windows]  # by domain
 
@@ -78,7 +78,7 @@ class Validator:
 
     def _measure(self, params: Any, windows: Windows) -> dict[str, float]:
         nll, tokens, size = 0.0, 0, 0
-        sharding = batch_sharding(self.mesh)
+        sharding, context = token_sharding(self.mesh), self.mesh.shape["context"]
         for start in range(0, len(windows.tokens_NT), self.rows):
             rows = Windows(*(array[start : start + self.rows] for array in windows))
             window_BW, documents_BW, _ = rows
@@ -92,7 +92,9 @@ class Validator:
                 "valid": np.pad(valid_BT, padding),
                 **({"documents": documents_BW[:, :-1]} if self.document_masking else {}),
             }
-            batch = {name: jax.device_put(np.ascontiguousarray(x), sharding) for name, x in batch.items()}
+            batch = {
+                name: jax.device_put(np.ascontiguousarray(striped(x, context)), sharding) for name, x in batch.items()
+            }
             batch_nll, batch_tokens = self.batch_loss(params, batch)
             nll, tokens = nll + float(batch_nll), tokens + int(batch_tokens)
         return {

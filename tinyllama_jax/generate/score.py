@@ -12,7 +12,7 @@ from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.errors import DataError
 from tinyllama_jax.loss import token_nll
 from tinyllama_jax.model import transformer
-from tinyllama_jax.sharding import batch_sharding
+from tinyllama_jax.sharding import in_order, striped, token_sharding
 
 
 def score(
@@ -42,11 +42,16 @@ def score(
 
     shards = mesh.shape["replica"] * mesh.shape["data"]
     rows = -(-min(rows, batch) // shards) * shards
-    sharding, compiled = batch_sharding(mesh), jax.jit(batch_nll)
+    context = mesh.shape["context"]
+    sharding, compiled = token_sharding(mesh), jax.jit(batch_nll)
     parts = []
     for start in range(0, batch, rows):
         part = tokens_BT[start : start + rows].astype(np.int32)
-        padded = np.pad(part, ((0, rows - len(part)), (0, 0)))
-        inputs, targets = (jax.device_put(np.ascontiguousarray(x), sharding) for x in (padded[:, :-1], padded[:, 1:]))
-        parts.append(np.asarray(compiled(params, inputs, targets))[: len(part)])
+        # Padding behind a row is seen by none of its tokens.
+        padded = np.pad(part, ((0, rows - len(part)), (0, -(time - 1) % context)))
+        inputs, targets = (
+            jax.device_put(np.ascontiguousarray(striped(x, context)), sharding) for x in (padded[:, :-1], padded[:, 1:])
+        )
+        nll = np.asarray(compiled(params, inputs, targets))
+        parts.append(in_order(nll, context)[: len(part), : time - 1])
     return np.concatenate(parts)

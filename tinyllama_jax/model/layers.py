@@ -22,20 +22,34 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def whole(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`weight` in `dtype`, whole on every device."""
+    """`weight` in `dtype`, whole on every device but for its share of `tensor`."""
     return sharding.gather(weight.astype(dtype))
 
 
 def linear(x_BT: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     """Contract the axes of x [B, T, ...] after T with the first `inputs` axes of `weight`, gathered in x's dtype.
 
+    Where `tensor` splits the weight's outputs, so it does the result's; where it splits the inputs, of x and weight
+    alike, the result is summed over it.
+
     Rows and tokens are one axis during the product.  It is the same arithmetic, but with two axes to contract in
     the weight's gradient XLA's CPU backend transposes activations element by element: twice the time of an MLP.
+    They stay two where both are split, for no device has a run of the one axis then.
     """
-    rows, (B, T) = sharding.batch_axes(x_BT), x_BT.shape[:2]
-    x_N = jnp.reshape(x_BT, (B * T, *x_BT.shape[2:]), out_sharding=P(rows, *[None] * inputs))
-    y_N = jnp.tensordot(x_N, whole(weight, x_BT.dtype), axes=inputs)
-    return jnp.reshape(y_N, (B, T, *y_N.shape[1:]), out_sharding=P(rows, None, *[None] * (y_N.ndim - 1)))
+    (rows, tokens, *features), (B, T) = jax.typeof(x_BT).sharding.spec, x_BT.shape[:2]
+    weight = whole(weight, x_BT.dtype)
+    outputs = jax.typeof(weight).sharding.spec[inputs:]
+    if tokens is not None:
+        return _contract(x_BT, weight, inputs, P(rows, tokens, *outputs))
+    x_N = jnp.reshape(x_BT, (B * T, *x_BT.shape[2:]), out_sharding=P(rows, *features))
+    y_N = _contract(x_N, weight, inputs, P(rows, *outputs))
+    return jnp.reshape(y_N, (B, T, *y_N.shape[1:]), out_sharding=P(rows, None, *outputs))
+
+
+def _contract(x: jax.Array, weight: jax.Array, inputs: int, spec: P) -> jax.Array:
+    """Sum over the last axes of x and the first of weight; the result lies as `spec` says."""
+    axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    return jax.lax.dot_general(x, weight, (axes, ((), ())), out_sharding=spec)
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -49,7 +63,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; nothing is dropped without a key."""
     if key is None or rate == 0:
         return x
-    keep = jax.sharding.reshard(jax.random.bernoulli(key, 1 - rate, x.shape), jax.typeof(x).sharding.spec)
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)  # drawn in the order of the tokens, however they lie
+    keep = sharding.striped(keep, sharding.parts(sharding.token_axis(x)), axis=1)
+    keep = jax.sharding.reshard(keep, jax.typeof(x).sharding.spec)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 

@@ -61,8 +61,9 @@ def _block(cfg: Model) -> nnx.GraphDef:
 def _embed(params: Params, tokens_BT: jax.Array, cfg: Model) -> jax.Array:
     # The table is read in float32 and only the rows are cast: the gradients of a frequent token's many occurrences
     # are then summed in float32.
-    table_VD = whole(params["embed"]["embedding"], jnp.float32)
-    x_BTD = table_VD.at[tokens_BT].get(out_sharding=P(sharding.batch_axes(tokens_BT), None, None))
+    # `tensor` does not split it here: a lookup in a part would end in a sum of activations over `tensor`.
+    table_VD = jax.sharding.reshard(params["embed"]["embedding"], P(None, None))
+    x_BTD = table_VD.at[tokens_BT].get(out_sharding=P(*jax.typeof(tokens_BT).sharding.spec, None))
     return x_BTD.astype(cfg.compute_dtype)
 
 
@@ -99,11 +100,14 @@ def hidden(
 ) -> jax.Array:
     """Final-normed hidden states [B, T, D] in the compute dtype.
 
+    tokens_BT: in order; or, where the mesh's `context` splits them, `sharding.striped`, and so is the result.
     documents_BT: segment ids; tokens see only their own document.  Positions run on through the row: RoPE depends
     on differences only, so a document's result does not depend on where in the row it lies.
     dropout_key: training with `cfg.dropout` > 0; without a key nothing is dropped.
     """
-    cos, sin = rope.tables(cfg, jnp.arange(tokens_BT.shape[1]))
+    tokens_axis = sharding.token_axis(tokens_BT)
+    positions_T = sharding.striped(jnp.arange(tokens_BT.shape[1]), sharding.parts(tokens_axis))
+    cos, sin = rope.tables(cfg, jax.sharding.reshard(positions_T, P(tokens_axis)))
     graphdef = _block(cfg)
     seen = None if documents_BT is None else attention.ranges(documents_BT)  # once for all layers
     attend = functools.partial(attention.attention, documents=seen, implementation=execution.attention)
@@ -136,7 +140,8 @@ def head_kernel(params: Params, cfg: Model) -> jax.Array:
 
 def _project(params: Params, x_BTD: jax.Array, cfg: Model) -> jax.Array:
     w_DV = whole(head_kernel(params, cfg), x_BTD.dtype)
-    return jnp.einsum("btd,dv->btv", x_BTD, w_DV, preferred_element_type=jnp.float32)
+    logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, w_DV, preferred_element_type=jnp.float32)
+    return jax.sharding.reshard(logits_BTV, P(*jax.typeof(x_BTD).sharding.spec[:2], None))
 
 
 def logits(
@@ -151,13 +156,18 @@ def logits(
     return _project(params, hidden(params, tokens_BT, cfg, execution, documents_BT=documents_BT), cfg)
 
 
+def _cache_spec(rows: sharding.BatchAxes) -> P:
+    """How a cache lies: heads over `tensor`, as the layers make them, and slots whole, for one token reads them all."""
+    return P(None, rows, None, sharding.TENSOR if sharding.parts(sharding.TENSOR) > 1 else None, None)
+
+
 def init_cache(cfg: Model, batch: int, slots: int, batch_axes: sharding.BatchAxes = None) -> Cache:
     """An empty key/value cache for `batch` rows of at most `slots` positions, in the compute dtype.
 
     batch_axes: the mesh axes over which the tokens' rows lie: `sharding.batch_axes(tokens_BT)`.
     """
     shape = (cfg.layers, batch, slots, cfg.kv_heads, cfg.head_dim)
-    spec = P(None, batch_axes, None, None, None)
+    spec = _cache_spec(batch_axes)
     return {name: jnp.zeros(shape, cfg.compute_dtype, out_sharding=spec) for name in ("k", "v")}
 
 
@@ -178,10 +188,13 @@ def decode(
     """
     rows = sharding.batch_axes(tokens_BT)
     positions_BT = jax.sharding.reshard(positions_BT, P(rows, None))
-    cache = jax.sharding.reshard(cache, P(None, rows, None, None, None))
+    spec = _cache_spec(rows)
+    cache = jax.sharding.reshard(cache, spec)
     cos, sin = rope.tables(cfg, positions_BT)
     graphdef = _block(cfg)
     write = jax.vmap(lambda slots_SGK, positions_T, new_TGK: slots_SGK.at[positions_T].set(new_TGK, mode="drop"))
+    of_layer = P(*spec[1:])
+    write = jax.shard_map(write, in_specs=(of_layer, P(rows, None), of_layer), out_specs=of_layer, check_vma=False)
 
     def body(x_BTD, layer_and_cache):
         layer, cache_l = layer_and_cache

@@ -13,8 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import attention
 from tinyllama_jax.attention import choice
@@ -23,7 +21,7 @@ from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.preflight import collectives
 from tinyllama_jax.preflight.targets import GIB, Target
 from tinyllama_jax.schedules import Plan
-from tinyllama_jax.sharding import BATCH, computing, make_mesh, replicated
+from tinyllama_jax.sharding import BATCH, computing, make_mesh, replicated, token_sharding
 from tinyllama_jax.train import state as train_state
 from tinyllama_jax.train import step as train_step
 
@@ -126,7 +124,7 @@ class Compiler:
         """
         run, mesh = self.run, self.mesh
         shape = (micro_batches, rows * self.shards, run.data.sequence_tokens)
-        spread = NamedSharding(mesh, P(None, BATCH, None))
+        spread = token_sharding(mesh, leading=1)
         dtypes = {"tokens": np.int32, "targets": np.int32, "valid": np.bool_}
         if run.data.document_masking:
             dtypes["documents"] = np.int32

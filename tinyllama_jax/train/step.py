@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from tinyllama_jax import optim
 from tinyllama_jax.config import Run
@@ -18,7 +17,7 @@ from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.loss import training_loss
 from tinyllama_jax.model import transformer
 from tinyllama_jax.schedules import Plan
-from tinyllama_jax.sharding import BATCH
+from tinyllama_jax.sharding import row_share, striped, token_sharding
 from tinyllama_jax.train.state import State, keys
 
 
@@ -28,8 +27,23 @@ def accumulation_steps(run: Run, batch_sequences: int) -> int:
     return 1 if micro == 0 or batch_sequences <= micro else batch_sequences // micro
 
 
+def check_mesh(run: Run, mesh: Mesh) -> None:
+    """Raises ConfigError when `tensor` or `context` would cut something of the model or of a row into unequal parts."""
+    model, sizes = run.model, dict(mesh.shape)
+    for axis, name, count in (
+        ("tensor", "model.heads", model.heads),
+        ("tensor", "model.kv_heads", model.kv_heads),  # cut as the query heads, so that each finds its own
+        ("tensor", "model.d_ff", model.d_ff),
+        ("tensor", "model.vocab_size", model.vocab_size),
+        ("context", "data.sequence_tokens", run.data.sequence_tokens),
+    ):
+        if count % sizes[axis]:
+            raise ConfigError(f"mesh.{axis}={sizes[axis]} does not divide {name}={count}; choose one that does")
+
+
 def check_batches(run: Run, plan: Plan, mesh: Mesh) -> None:
-    """Raises ConfigError when a stage's micro-batch cannot be spread over the devices."""
+    """Raises ConfigError when a stage's micro-batch cannot be spread over the devices, or what `check_mesh` refuses."""
+    check_mesh(run, mesh)
     shards = mesh.shape["replica"] * mesh.shape["data"]
     for stage in plan.stages:
         rows = stage.batch_sequences // accumulation_steps(run, stage.batch_sequences)
@@ -41,15 +55,20 @@ def check_batches(run: Run, plan: Plan, mesh: Mesh) -> None:
 
 
 def put_batch(batch: Batch, accumulation: int, mesh: Mesh, *, documents: bool) -> dict[str, jax.Array]:
-    """This host's rows [B, T] as global device arrays [A, B/A, T]; document ids only where they are used."""
-    sharding = NamedSharding(mesh, P(None, BATCH, None))
+    """This host's rows [B, T] as global device arrays [A, B/A, T]; document ids only where they are used.
+
+    Tokens are striped over the mesh's `context`; all arrays alike, and a sum over tokens does not mind.  The host's
+    rows are those of its `sharding.row_share`.
+    """
+    laid_out, (_, hosts) = token_sharding(mesh, leading=1), row_share(mesh)
     names = ["tokens", "targets", "valid"] + (["documents"] if documents else [])
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding, np.ascontiguousarray(batch[name].reshape(accumulation, -1, batch[name].shape[-1]))
-        )
-        for name in names
-    }
+
+    def put(rows_BT: np.ndarray) -> jax.Array:
+        rows_ABT = striped(rows_BT.reshape(accumulation, -1, rows_BT.shape[-1]), mesh.shape["context"])
+        shape = (accumulation, rows_ABT.shape[1] * hosts, rows_ABT.shape[2])
+        return jax.make_array_from_process_local_data(laid_out, np.ascontiguousarray(rows_ABT), shape)
+
+    return {name: put(batch[name]) for name in names}
 
 
 def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
