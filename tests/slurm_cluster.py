@@ -46,9 +46,13 @@ SlurmdTimeout=120
 KillWait={kill_wait}
 MinJobAge=600
 MpiDefault=none
-NodeName=s[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=1 State=UNKNOWN
+GresTypes=gpu
+NodeName=s[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=1 Gres=gpu:8 State=UNKNOWN
 PartitionName=main Nodes=s[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=a100 Nodes=s[1-2] MaxTime=INFINITE State=UP
 """
+# Not one of them is there; only what is asked for can be tried.
+GRES = "Name=gpu Count=8 File=/dev/null\n"
 
 
 def missing() -> list[str]:
@@ -79,6 +83,7 @@ class Cluster:
                 host=self.host, folder=folder, controller=controller, first=first, second=second, kill_wait=kill_wait
             )
         )
+        (folder / "gres.conf").write_text(GRES)
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
         self.env |= {"SLURM_CONF": str(self.config), "PATH": f"{self.env['PATH']}:/usr/sbin:/sbin"}
 

@@ -1,9 +1,9 @@
 """A job as a JobSet for Kubernetes, with Kueue's queue label.
 
-Restarts are Kubernetes' own, because all pods have to start again together.  The supervisor in each pod runs the command
-once and says how it ended:
+Restarts are Kubernetes' own, because all pods have to start again together.  The supervisor in each pod runs the
+command once and says how it ended:
 
-    2, 78  FailJob: the pod failure policy fails the Job with reason PodFailurePolicy, and JobSet's rule fails the JobSet
+    2, 78  FailJob: the pod failure policy fails the Job with reason PodFailurePolicy, and JobSet's rule fails it all
     75     Ignore: every process was told to stop and ended with 75, so every pod is made anew, and none is counted
     other  the Job has no backoff and fails; JobSet makes all Jobs anew, at most `max_restarts` times
 

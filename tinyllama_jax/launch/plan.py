@@ -95,6 +95,6 @@ def check_cost(runs: Sequence[Run], target: str, dollars: float) -> float:
     total = sum(money.estimate(run, target)["cost_usd"]["total"] for run in runs)
     if total > dollars:
         raise ConfigError(
-            f"{runs[0].name}: about ${total:,.0f} on {target}, more than --max-cost {dollars:,.0f}; nothing was launched"
+            f"{runs[0].name}: about ${total:,.0f} on {target}, more than --max-cost {dollars:,.0f}; nothing launched"
         )
     return total

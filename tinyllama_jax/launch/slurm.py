@@ -2,7 +2,8 @@
 
 Who is told to stop.  `--signal=TERM@120` (without `B:`) goes to the processes of the step, not to the batch script, so
 that training saves and ends with 75 while the supervisor lives and asks for a requeue.  At a preemption, a requeue or a
-cancellation Slurm signals all of them and waits for KillWait; the supervisor is signalled too then, and asks for nothing.
+cancellation Slurm signals all of them and waits for KillWait (30 s unless the site's slurm.conf says otherwise); the
+supervisor is signalled too then, and asks for nothing.
 """
 
 from __future__ import annotations

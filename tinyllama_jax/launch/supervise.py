@@ -151,7 +151,7 @@ class Supervisor:
         return None
 
     def _requeue(self) -> int | None:
-        """Gives the nodes back and goes to the end of the queue, with the same job id.  Slurm then ends this process."""
+        """Gives the nodes back and queues the job again, with the same id.  Slurm then ends this process."""
         try:
             done = subprocess.run(["scontrol", "requeue", self.job], capture_output=True, text=True)
             trouble = done.stderr.strip() if done.returncode else ""
