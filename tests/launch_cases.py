@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tinyllama_jax.cli import main
 
 IMAGE = "registry.example/tinyllama_jax"
-ODD = "it's a $(date) `id` \"quoted\" {brace} & #hash \\ end"
+ODD = 'it\'s a $(date) `id` "quoted" {brace} & #hash \\ end'
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ CASES = {
         f"{V1_0} --nodes 2 --workdir runs/v1_0 --time 7d --partition a100 --setup 'source .venv/bin/activate'",
         "slurm.sbatch",
     ),
-    "slurm-gpus": Case("slurm", f"{V1_0} --nodes 2 --workdir runs/v1_0 --processes-per-node gpus --target h100"),
+    # The test's nodes have one processor each, which is one process.
+    "slurm-gpus": Case(
+        "slurm", f"{V1_0} --workdir runs/v1_0 --processes-per-node gpus --target h100:2x1 --set mesh.data=2"
+    ),
     "slurm-image": Case("slurm", f"{V1_0} --nodes 2 --workdir /runs/v1_0 --image {IMAGE}:gpu --mount /scratch:/runs"),
     "slurm-prepare": Case("slurm", "prepare --out data/slim --items 200 --workers 1"),
     "slurm-odd": Case(

@@ -51,8 +51,8 @@ NodeName=s[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{second}] C
 PartitionName=main Nodes=s[1-2] Default=YES MaxTime=INFINITE State=UP
 PartitionName=a100 Nodes=s[1-2] MaxTime=INFINITE State=UP
 """
-# Not one of them is there; only what is asked for can be tried.
-GRES = "Name=gpu Count=8 File=/dev/null\n"
+# Files stand for the GPUs: scripts that ask for them can be tried, and would start.
+GRES = "Name=gpu File={folder}/gpu[0-7]\n"
 
 
 def missing() -> list[str]:
@@ -83,7 +83,9 @@ class Cluster:
                 host=self.host, folder=folder, controller=controller, first=first, second=second, kill_wait=kill_wait
             )
         )
-        (folder / "gres.conf").write_text(GRES)
+        (folder / "gres.conf").write_text(GRES.format(folder=folder))
+        for number in range(8):
+            (folder / f"gpu{number}").touch()
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
         self.env |= {"SLURM_CONF": str(self.config), "PATH": f"{self.env['PATH']}:/usr/sbin:/sbin"}
 

@@ -143,7 +143,7 @@ def _script(job: Job, command: tuple[str, ...]) -> str:
 
 def _plain(text: str) -> str:
     """Text that Kubernetes leaves as it is: it replaces $(NAME), and takes $$ for $."""
-    return re.sub(r"\$(?=[$(])", "$$$$", text)
+    return re.sub(r"\$(?=[$(])", "$$", text)
 
 
 def kueue(queue: str, machine_kind: str, devices: int) -> str:
