@@ -1,5 +1,5 @@
 #!/bin/bash
-# python -m tinyllama_jax launch experiments.tinyllama:v1_0 --target v4:2x2x2 --workdir /runs/v1_0 --image registry.example/tinyllama_jax:tpu --project my-project --zone us-central2-b --mount /mnt/disks/runs:/runs --set data.store=gs://my-bucket/slimpajama-starcoder --set data.cache=/runs/cache --set checkpoint.directory=gs://my-bucket/v1_0 --set execution.micro_batch_sequences=64 --on tpu
+# tinyllama launch experiments.tinyllama:v1_0 --target v4:2x2x2 --workdir /runs/v1_0 --image registry.example/tinyllama_jax:tpu --project my-project --zone us-central2-b --mount /mnt/disks/runs:/runs --set data.store=gs://my-bucket/slimpajama-starcoder --set data.cache=/runs/cache --set checkpoint.directory=gs://my-bucket/v1_0 --set execution.micro_batch_sequences=64 --on tpu
 # Asks for a TPU slice, runs on all its hosts, gives it back.  Asks again when the slice is taken away, at most
 # 3 times.
 set -uo pipefail
@@ -25,7 +25,7 @@ for ((taken = 0; taken <= 3; taken++)); do
     done
     gcloud compute tpus tpu-vm ssh v1-0 --worker=all --project=my-project --zone=us-central2-b '--command=set -euo pipefail
 sudo docker rm --force v1-0 >/dev/null 2>&1 || true
-sudo docker run --rm --privileged --network=host --name=v1-0 --stop-timeout=120 --volume=/mnt/disks/runs:/runs registry.example/tinyllama_jax:tpu python -m tinyllama_jax launch supervise --on tpu --max-restarts 3 --workdir /runs/v1_0 -- python -m tinyllama_jax train experiments.tinyllama:v1_0 --workdir /runs/v1_0 --set data.store=gs://my-bucket/slimpajama-starcoder --set data.cache=/runs/cache --set checkpoint.directory=gs://my-bucket/v1_0 --set execution.micro_batch_sequences=64'
+sudo docker run --rm --privileged --network=host --name=v1-0 --stop-timeout=120 --volume=/mnt/disks/runs:/runs registry.example/tinyllama_jax:tpu python -m tinyllama_jax launch supervise --on tpu --max-restarts 3 --workdir /runs/v1_0 --checkpoints gs://my-bucket/v1_0 -- python -m tinyllama_jax train experiments.tinyllama:v1_0 --workdir /runs/v1_0 --set data.store=gs://my-bucket/slimpajama-starcoder --set data.cache=/runs/cache --set checkpoint.directory=gs://my-bucket/v1_0 --set execution.micro_batch_sequences=64'
     status=$?
     if [ "$status" = 0 ] || [ "$(state)" = ACTIVE ]; then
         exit "$status" # done, or the supervisors gave up

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shlex
 from dataclasses import dataclass
@@ -46,12 +48,16 @@ CASES = {
         "--set data.store=/runs/data/slimpajama-starcoder",
         "gke-jobset.yaml",
     ),
-    "gke-tpu": Case("gke", f"{V1_0} --target v4:2x2x2 --workdir /runs/v1_0 --image {IMAGE}:tpu --spot --time 24h"),
+    "gke-tpu": Case(
+        "gke",
+        f"{V1_0} --target v4:2x2x2 --workdir /runs/v1_0 --image {IMAGE}:tpu --spot --time 24h "
+        "--set checkpoint.directory=gs://my-bucket/v1_0",
+    ),
     "gke-prepare": Case("gke", f"prepare --out /runs/slim --items 5 --image {IMAGE}:tpu --mount runs:/runs"),
     "gke-odd": Case(
         "gke",
         f"experiments.smoke:tiny --target cpu --workdir {shlex.quote(ODD)} --env {shlex.quote('ODD=' + ODD)} "
-        f"--image {IMAGE}:gpu",
+        f"--image {IMAGE}:gpu --mount runs:/runs",
     ),
     "tpu": Case(
         "tpu",
@@ -80,18 +86,19 @@ CASES = {
 }
 
 
-def dry_run(argv: list[str], capture) -> dict:
-    """What `launch ... --dry-run --json` answers; `capture()` gives what was printed."""
-    assert main(argv) == 0
-    return json.loads(capture())
+TINY = ("launch", "experiments.smoke:tiny", "--target", "cpu", "--workdir", "run", "--json")
+
+
+def answer(capsys, *argv) -> dict:
+    """What the command line answers with --json."""
+    capsys.readouterr()
+    assert main([str(word) for word in argv]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def render(name: str) -> list[str]:
     """The files of a case."""
-    import contextlib
-    import io
-
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        value = dry_run(CASES[name].words(), output.getvalue)
-    return [job["text"] for job in value["jobs"]]
+        assert main(CASES[name].words()) == 0
+    return [job["text"] for job in json.loads(output.getvalue())["jobs"]]

@@ -55,7 +55,7 @@ def test_the_list_of_options_is_meant():
         ),
         "launch prepare": sorted([*launched, "--items", "--out", "--target", "--workers"]),
         "launch flags": sorted([*common, "--profile"]),
-        "launch supervise": sorted(["--help", "--max-restarts", "--on", "--workdir"]),
+        "launch supervise": sorted(["--checkpoints", "--help", "--max-restarts", "--on", "--workdir"]),
         "preflight": sorted([*common, *settings, "--as-written", "--target"]),
         "report": sorted([*common, "--compare"]),
         "eval": sorted([*common, "--baselines", "--corpus", "--dtype", "--sequence-tokens", "--sequences"]),

@@ -1,8 +1,6 @@
-"""What `launch` renders: committed examples, schemas, quoting, refusals, and how clients are called."""
+"""What `launch` renders: committed examples, schemas, sweeps, and what it refuses."""
 
-import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +8,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from launch_cases import CASES, ODD, render
+from launch_cases import CASES, TINY, answer, render
 from launch_schemas import JOBSET, KUEUE, SKY
 
 from tinyllama_jax.cli import main
 from tinyllama_jax.launch import gke
-from tinyllama_jax.launch.job import TASK, quote
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -26,14 +23,10 @@ def written(name: str) -> str:
     """What launch/NAME holds by rights."""
     if name == "kueue.yaml":
         return gke.kueue("research", "a100-40g", 16)
-    [text] = render(COMMITTED[name])
-    argv = (
-        " ".join(f"python -m tinyllama_jax launch {case.argv} --on {case.on}".split())
-        if (case := CASES[COMMITTED[name]])
-        else ""
-    )
+    case, [text] = CASES[COMMITTED[name]], render(COMMITTED[name])
     first, rest = text.split("\n", 1) if text.startswith("#!") else ("", text)
-    return (first + "\n" if first else "") + f"# {argv}\n" + rest
+    shebang = f"{first}\n" if first else ""
+    return f"{shebang}# tinyllama launch {case.argv} --on {case.on}\n{rest}"
 
 
 @pytest.mark.parametrize("name", [*COMMITTED, "kueue.yaml"])
@@ -97,176 +90,6 @@ def test_no_rendered_text_knows_this_machine():
             assert not [word for word in here if len(word) > 5 and word in text]
 
 
-STAND_IN = """\
-#!{python}
-import json, os, sys
-with open({calls!r}, "a") as calls:
-    calls.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
-    if os.environ.get("ODD"):
-        calls.write(json.dumps(["ODD", os.environ["ODD"]]) + "\\n")
-{rest}
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """stand_in(program, code): a program first on the PATH that writes down how it is called; calls()."""
-    folder, record = tmp_path / "bin", tmp_path / "calls"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def make(program: str, code: str = "") -> None:
-        (folder / program).write_text(STAND_IN.format(python=sys.executable, calls=str(record), rest=code))
-        (folder / program).chmod(0o755)
-
-    make.calls = lambda: [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    return make
-
-
-@pytest.mark.parametrize("on", ["slurm", "gke", "tpu", "sky"])
-def test_odd_words_arrive_as_they_were_given(on, stand_in, tmp_path):
-    """The real shell runs what is rendered, down to the supervisor's arguments."""
-    stand_in("python")
-    [text] = render(f"{on}-odd")
-    environment = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n", "SLURM_CPUS_ON_NODE": "1"}
-    if on == "gke":
-        container = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-        [container] = container["containers"]
-        # Kubernetes' own replacement: $(NAME) of known variables, and $$ for $.
-        variables = {entry["name"]: expanded(entry["value"]) for entry in container["env"]}
-        command, environment = [expanded(word) for word in container["command"]], environment | variables
-    elif on == "sky":
-        task = yaml.safe_load(text)
-        command, environment = ["bash", "-c", task["run"]], environment | task["envs"]
-    elif on == "slurm":
-        command = ["bash", "-c", text]
-    else:
-        (tmp_path / "code").mkdir()
-        # gcloud hands the text of --command to the login shell of each host.
-        code = "import subprocess\nfor word in sys.argv:\n    if word.startswith('--command='):\n"
-        code += f"        sys.exit(subprocess.run(['bash', '-c', word[10:]], cwd={str(tmp_path)!r}).returncode)\n"
-        stand_in("gcloud", code + "if 'describe' in sys.argv:\n    print('ACTIVE')\n")
-        command = ["bash", "-c", text]
-    assert subprocess.run(command, env=environment, timeout=60, stdout=subprocess.DEVNULL).returncode == 0
-    calls = stand_in.calls()
-    [call] = [call for call in calls if call[0] == "python"]
-    assert call[call.index("--workdir") + 1] == ODD, "the supervisor's"
-    inner = call[call.index("--") + 1 :]
-    assert inner[inner.index("--workdir") + 1] == ODD, "training's"
-    assert ["ODD", ODD] in calls
-    if on == "slurm":
-        assert "tracking.wandb_project=a b; c" in call
-
-
-def expanded(text: str) -> str:
-    """As k8s.io/kubernetes/third_party/forked/golang/expansion, where no variable is known."""
-    result, position = "", 0
-    while position < len(text):
-        if text[position : position + 2] == "$$":
-            result, position = result + "$", position + 2
-        elif text[position : position + 2] == "$(" and ")" in text[position:]:
-            raise AssertionError(f"Kubernetes would look for a variable at {text[position:]!r}")
-        else:
-            result, position = result + text[position], position + 1
-    return result
-
-
-def test_a_tasks_number_is_put_in_by_the_shell():
-    word = f"it's {TASK}/4 $x"
-    line = f"N=7; printf %s {quote(word, chr(34) + '$N' + chr(34))}"
-    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True).stdout == "it's 7/4 $x"
-
-
-def test_the_slices_life_on_a_tpu(stand_in, tmp_path):
-    """Asked for, used, taken away, asked for again, given back: as gcloud is called."""
-    code = f"""
-if "describe" in sys.argv:
-    lost = os.path.exists({str(tmp_path / "lost")!r}) and not os.path.exists({str(tmp_path / "again")!r})
-    print("SUSPENDED" if lost else "ACTIVE")
-if "ssh" in sys.argv:
-    first = not os.path.exists({str(tmp_path / "lost")!r})
-    open({str(tmp_path / "lost")!r}, "w").close()
-    sys.exit(255 if first else 0)
-if "delete" in sys.argv and os.path.exists({str(tmp_path / "lost")!r}):
-    open({str(tmp_path / "again")!r}, "w").close()
-"""
-    stand_in("gcloud", code)
-    done = subprocess.run(["bash", "-c", render("tpu")[0]], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "taken away (SUSPENDED); asking for another" in done.stderr, done.stderr
-    words = [call[4] if call[3] == "queued-resources" else call[4] for call in stand_in.calls()]
-    assert [word for word in words if word != "describe"] == ["create", "ssh", "delete", "create", "ssh", "delete"]
-    create = next(call for call in stand_in.calls() if "create" in call)
-    assert create == [
-        *("gcloud", "compute", "tpus", "queued-resources", "create", "v1-0", "--node-id=v1-0"),
-        *("--project=my-project", "--zone=us-central2-b", "--accelerator-type=v4-16"),
-        "--runtime-version=tpu-ubuntu2204-base",
-    ]
-    ssh = next(call for call in stand_in.calls() if "ssh" in call)
-    assert ssh[:-1] == [
-        *("gcloud", "compute", "tpus", "tpu-vm", "ssh", "v1-0", "--worker=all"),
-        *("--project=my-project", "--zone=us-central2-b"),
-    ]
-    assert shlex.split(ssh[-1].splitlines()[-1])[:3] == ["sudo", "docker", "run"]
-
-
-def answer(capsys, *argv) -> dict:
-    capsys.readouterr()
-    assert main([str(word) for word in argv]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-TINY = ("launch", "experiments.smoke:tiny", "--target", "cpu", "--workdir", "run", "--json")
-
-
-def test_submission_to_slurm(stand_in, tmp_path, capsys, monkeypatch):
-    stand_in("sbatch", "print('4711;cluster')")
-    monkeypatch.chdir(tmp_path)
-    value = answer(capsys, *TINY, "--on", "slurm", "--nodes", "2")
-    assert (value["name"], value["job_id"], value["file"]) == ("tiny", "4711", "runs/launched/tiny.sbatch")
-    assert stand_in.calls() == [
-        ["sbatch", "--test-only", value["file"]],
-        ["sbatch", "--parsable", value["file"]],
-    ]
-    assert "#SBATCH --nodes=2\n" in Path(value["file"]).read_text()
-    value = answer(capsys, "launch", "prepare", "--out", "s", "--items", "9", "--on", "slurm", "--json")
-    assert [job["id"] for job in value["jobs"]] == ["4711", "4711"]
-    assert stand_in.calls()[-1][1:4] == ["--parsable", "--dependency=afterok:4711", "--kill-on-invalid-dep=yes"]
-
-
-def test_submission_to_the_others(stand_in, tmp_path, capsys, monkeypatch):
-    stand_in("kubectl", "print('jobset.jobset.x-k8s.io/tiny created')")
-    stand_in("sky", "print('Job submitted, ID: 12\\n\\x1b[1mManaged Job ID: \\x1b[0m34')")
-    monkeypatch.chdir(tmp_path)
-    value = answer(capsys, *TINY, "--on", "gke", "--image", "i")
-    assert value["job_id"] == "jobset.jobset.x-k8s.io/tiny"
-    value = answer(capsys, *TINY, "--on", "sky")
-    assert value["job_id"] == "34"
-    assert stand_in.calls() == [
-        ["kubectl", "apply", "-f", "runs/launched/tiny.yaml"],
-        ["sky", "jobs", "launch", "--yes", "--detach-run", "runs/launched/tiny.yaml"],
-    ]
-
-
-def test_a_client_that_refuses_is_quoted_in_one_line(stand_in, tmp_path, capsys, monkeypatch):
-    stand_in("sbatch", "sys.exit('sbatch: error: invalid partition specified: nowhere')")
-    monkeypatch.chdir(tmp_path)
-    assert main([*TINY, "--on", "slurm", "--partition", "nowhere"]) == 78
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "status 1: sbatch: error: invalid partition specified: nowhere" in said
-
-
-@pytest.mark.parametrize("on, client", [("slurm", "sbatch"), ("gke", "kubectl"), ("tpu", "bash"), ("sky", "sky")])
-def test_a_missing_client_gets_one_line(on, client, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    more = {"gke": ["--image", "i"], "tpu": ["--image", "i", "--project", "p", "--zone", "z", "--target", "v5e:2x2"]}
-    words = [*TINY, "--on", on, *more.get(on, [])]
-    assert main(words) == 78
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"--on {on}: no {client} on this machine: " in said
-    assert not list(tmp_path.iterdir()), "nothing was written"
-
-
 SWEEP = (
     "from experiments.smoke import tiny\nfrom tinyllama_jax.config import replace\n"
     "def sweep():\n    return [replace(tiny(), seed=n) for n in range(3)]\n"
@@ -277,7 +100,10 @@ SWEEP = (
 def test_a_sweep_is_an_array_or_a_job_for_each_run(on, tmp_path, capsys, monkeypatch):
     (tmp_path / f"sweep_on_{on}.py").write_text(SWEEP)
     monkeypatch.chdir(tmp_path)
-    more = {"gke": ["--image", "i"], "tpu": ["--image", "i", "--project", "p", "--zone", "z"]}
+    more = {
+        "gke": ["--image", "i", "--mount", "r:/r"],
+        "tpu": ["--image", "i", "--mount", "r:/r", "--project", "p", "--zone", "z"],
+    }
     target = "v5e:2x2" if on == "tpu" else "cpu"
     words = [
         "launch",
@@ -295,7 +121,7 @@ def test_a_sweep_is_an_array_or_a_job_for_each_run(on, tmp_path, capsys, monkeyp
     if on == "slurm":
         [job] = jobs
         assert "#SBATCH --array=0-2\n" in job["text"]
-        assert f"train 'sweep_on_slurm:sweep['\"$SLURM_ARRAY_TASK_ID\"']'" in job["text"].replace("\\\n    ", "")
+        assert "train 'sweep_on_slurm:sweep['\"$SLURM_ARRAY_TASK_ID\"']'" in job["text"].replace("\\\n    ", "")
         assert 'runs/s/"$SLURM_ARRAY_TASK_ID"' in job["text"]
     else:
         assert [job["name"] for job in jobs] == [f"sweep-{n}" for n in range(3)]
@@ -307,7 +133,10 @@ def test_a_sweep_is_an_array_or_a_job_for_each_run(on, tmp_path, capsys, monkeyp
 
 @pytest.mark.parametrize("on", ["slurm", "gke", "tpu", "sky"])
 def test_items_are_prepared_everywhere(on, capsys):
-    more = {"gke": ["--image", "i"], "tpu": ["--image", "i", "--project", "p", "--zone", "z"]}.get(on, [])
+    more = {
+        "gke": ["--image", "i", "--mount", "r:/r"],
+        "tpu": ["--image", "i", "--mount", "r:/r", "--project", "p", "--zone", "z"],
+    }.get(on, [])
     value = answer(capsys, "launch", "prepare", "--out", "d", "--items", "3", "--on", on, "--dry-run", "--json", *more)
     finish = "python -m tinyllama_jax prepare finalize --out d"
     if on == "slurm":
@@ -335,6 +164,7 @@ REFUSALS = [
     (["--on", "gke", "--partition", "q", "--image", "i"], 2, "--partition is for --on slurm; leave it out for gke"),
     (["--on", "slurm", "--spot"], 2, "--spot is for --on gke or tpu or sky; leave it out for slurm"),
     (["--on", "gke"], 2, "--on gke runs a container: name it with --image (launch/Dockerfile makes one)"),
+    (["--on", "gke", "--image", "i"], 78, "checkpoints in run would be lost with the machines; write them to a bucket"),
     (["--on", "tpu", "--project", "p", "--zone", "z"], 2, "--on tpu --target cpu: not a TPU; write --target v5e:4x4"),
     (["--on", "sky", "--time", "2h"], 2, "--time: managed jobs of SkyPilot have no limit of their own; leave it out"),
     (["--on", "slurm", "--time", "2 hours"], 2, "--time 2 hours: write it as 90m, 24h or 7d"),
@@ -405,7 +235,8 @@ def test_a_limit_of_cost_is_held(capsys, monkeypatch):
 
 
 def test_launching_never_imports_jax():
-    code = "import sys\nfrom tinyllama_jax.cli import main\nfor case in sys.argv[1:]:\n    assert main(case.split()) == 0\n"
+    code = "import sys\nfrom tinyllama_jax.cli import main\n"
+    code += "for case in sys.argv[1:]:\n    assert main(case.split()) == 0\n"
     code += "assert not {'jax', 'numpy'} & set(sys.modules)\n"
     cases = ["launch experiments.tinyllama:v1_0 --on slurm --workdir r --nodes 2 --dry-run", "launch flags"]
     done = subprocess.run([sys.executable, "-c", code, *cases], cwd=ROOT, capture_output=True, text=True)

@@ -102,11 +102,27 @@ def test_in_a_pod_it_says_what_kubernetes_shall_do(supervise, status, expected):
 
 
 def test_only_committed_checkpoints_count(tmp_path):
-    assert newest_checkpoint(str(tmp_path)) == ""
+    folder = str(tmp_path / "checkpoints")
+    assert newest_checkpoint(folder) == ""
     for name in ("00000010", "00000120", "00000130.corrupt", "00000140.orbax-checkpoint-tmp", "notes"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / "99999999").touch()
-    assert newest_checkpoint(str(tmp_path)) == "00000120"
+    assert newest_checkpoint(folder) == "00000120"
+
+
+def test_checkpoints_may_be_in_a_bucket(tmp_path):
+    import fsspec
+
+    bucket = "memory://supervised/run"
+    assert newest_checkpoint(bucket) == ""
+    for name in ("00000010", "00000120", "00000130.corrupt"):
+        fsspec.filesystem("memory").pipe_file(f"/supervised/run/{name}/manifest.json", b"{}")
+    assert newest_checkpoint(bucket) == "00000120"
+    said = []
+    command = [sys.executable, "-c", "raise SystemExit(1)"]
+    options = {"max_restarts": 1, "pause_seconds": (0,), "say": said.append}
+    assert Supervisor(command, checkpoints="nowhere://bucket", **options).run() == 1
+    assert any("no checkpoint can be seen: nowhere://bucket" in line for line in said)
 
 
 def test_pauses_grow(tmp_path):

@@ -122,4 +122,5 @@ def add_launch(verb, settings, as_json) -> None:
         "--max-restarts", type=int, default=3, metavar="N", help="failures in a row without a new checkpoint (3)"
     )
     sub.add_argument("--workdir", default="", metavar="DIR", help="whose checkpoints begin the count anew")
+    sub.add_argument("--checkpoints", default="", metavar="DIR", help="where they are (WORKDIR/checkpoints)")
     sub.add_argument("command", nargs="+", metavar="COMMAND", help="behind --")

@@ -79,7 +79,8 @@ def supervise(args: argparse.Namespace) -> None:
         raise UsageError(f"--on {args.on}: not one of {', '.join(PLATFORMS)}{nearest(args.on, PLATFORMS)}")
     if args.max_restarts < 0:
         raise UsageError(f"--max-restarts {args.max_restarts}: must be 0 or more")
-    sys.exit(Supervisor(args.command, on=args.on, max_restarts=args.max_restarts, workdir=args.workdir).run())
+    options = {"on": args.on, "max_restarts": args.max_restarts, "workdir": args.workdir}
+    sys.exit(Supervisor(args.command, checkpoints=args.checkpoints, **options).run())
 
 
 def seconds(text: str) -> int:

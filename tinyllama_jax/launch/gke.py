@@ -37,6 +37,7 @@ def render(job: Job) -> str:
     """The JobSet.  Raises UsageError without an image, and for one process per device."""
     if not job.image:
         raise UsageError("--on gke runs a container: name it with --image (launch/Dockerfile makes one)")
+    job.check_outlives()
     if job.processes == "device":
         raise UsageError("--processes-per-node gpus is for --on slurm; a pod has all devices of its node")
     jobs = [_replicated(job, "items" if job.then else "main", job.command, job.tasks)]

@@ -30,6 +30,7 @@ class Job:
     tasks: int = 0  # 0 = one job
     then: tuple[str, ...] = ()
     workdir: str = ""  # the run directory, in which the supervisor looks for checkpoints; empty = none are made
+    checkpoints: str = ""  # where they are; empty = WORKDIR/checkpoints
     image: str = ""  # container image
     mounts: tuple[tuple[str, str], ...] = ()  # (path or volume outside, path inside)
     environment: tuple[tuple[str, str], ...] = ()  # the flag profile's and the user's, in this order
@@ -61,9 +62,18 @@ class Job:
             f"a time limit of {self.seconds} s leaves nothing beside {self.grace_seconds} s of grace",
         )
 
+    def check_outlives(self) -> None:
+        """Raises ConfigError when the run's checkpoints would be lost together with the machines."""
+        _require(
+            not self.workdir or "://" in self.checkpoints or self.mounts or self.setup,
+            f"checkpoints in {self.checkpoints or self.workdir} would be lost with the machines; write them to a bucket "
+            "(--set checkpoint.directory=gs://...), or --mount a disk that stays",
+        )
+
     def supervised(self, platform: str, command: tuple[str, ...]) -> tuple[str, ...]:
         """The command under the supervisor that restarts it by its exit status."""
         where = ("--workdir", self.workdir) if self.workdir else ()
+        where += ("--checkpoints", self.checkpoints) if self.checkpoints else ()
         bound = ("--max-restarts", str(self.max_restarts))
         return (*PYTHON, "launch", "supervise", "--on", platform, *bound, *where, "--", *command)
 

@@ -35,7 +35,15 @@ def training(
     runs = [configio.override(run, settings) for run in sweep]
     for run in runs:
         check(run, options["machine"])
-    if not isinstance(made, Run):
+    directories = [run.checkpoint.directory for run in runs]
+    if isinstance(made, Run):
+        options["checkpoints"] = directories[0]
+    else:
+        if any(directories):
+            raise ConfigError(
+                f"{experiment}: checkpoint.directory is set, and the checkpoints of a sweep go to {workdir}/n/checkpoints; "
+                f"leave it out, or launch the runs one by one, such as {experiment}[0]"
+            )
         experiment, workdir = f"{experiment}[{TASK}]", f"{workdir.rstrip('/')}/{TASK}"
         options["tasks"] = len(runs)
     return Job(command=train_command(experiment, workdir, settings, paths), workdir=workdir, **options), runs

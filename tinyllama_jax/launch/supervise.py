@@ -47,12 +47,20 @@ class Counts:
     stops: int = 0
 
 
-def newest_checkpoint(workdir: str) -> str:
-    """The name of the last committed checkpoint in RUN/checkpoints, or ''.  Damaged ones have another name."""
-    try:
-        names = [entry.name for entry in os.scandir(Path(workdir) / "checkpoints") if entry.is_dir()]
-    except OSError:
-        return ""
+def newest_checkpoint(folder: str) -> str:
+    """The name of the last committed checkpoint in a folder or bucket, or ''.  Damaged ones have another name.
+
+    Raises OSError when a bucket cannot be asked.
+    """
+    if "://" in folder:
+        from tinyllama_jax.launch.bucket import folders
+
+        names = folders(folder)
+    else:
+        try:
+            names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
     return max((name for name in names if CHECKPOINT.fullmatch(name)), default="")
 
 
@@ -76,10 +84,12 @@ class Supervisor:
         on: str = "local",
         max_restarts: int = 3,
         workdir: str = "",
+        checkpoints: str = "",
         pause_seconds: Sequence[float] = PAUSE_SECONDS,
         say: Callable[[str], None] | None = None,
     ):
         self.command, self.on, self.max_restarts, self.workdir = list(command), on, max_restarts, workdir
+        self.checkpoints = checkpoints or (str(Path(workdir) / "checkpoints") if workdir else "")
         self.pauses = pause_seconds
         self.say = say or (lambda text: print(f"supervise: {text}", file=sys.stderr, flush=True))
         self.asked = threading.Event()  # to stop, by a signal to this process
@@ -119,7 +129,7 @@ class Supervisor:
             if status:
                 self.say(f"ended with status {status}: starting it again would end the same way")
             return status
-        newest = newest_checkpoint(self.workdir) if self.workdir else ""
+        newest = self._newest(self.counts.checkpoint)
         progress = newest != self.counts.checkpoint
         if progress:
             self.counts = Counts(newest)
@@ -128,7 +138,7 @@ class Supervisor:
             return AGAIN if progress else FAILED
         if status == AGAIN:
             self.counts.stops += 1
-            exhausted = bool(self.workdir) and self.counts.stops > IDLE_STOPS
+            exhausted = bool(self.checkpoints) and self.counts.stops > IDLE_STOPS
         else:
             self.counts.failures += 1
             exhausted = self.counts.failures > self.max_restarts
@@ -189,7 +199,15 @@ class Supervisor:
                 state = json.loads((Path(self.workdir) / STATE).read_text())
                 if state.pop("job") == self.job:
                     return Counts(**state)
-        return Counts(newest_checkpoint(self.workdir) if self.workdir else "")
+        return Counts(self._newest(""))
+
+    def _newest(self, known: str) -> str:
+        """The newest checkpoint, or the one that was known when that cannot be told now."""
+        try:
+            return newest_checkpoint(self.checkpoints) if self.checkpoints else ""
+        except OSError as error:
+            self.say(f"no checkpoint can be seen: {error}")
+            return known
 
     def _write(self) -> None:
         if not (self.job and self.workdir):

@@ -75,6 +75,7 @@ def render(job: Job) -> str:
             "--on tpu: the hosts of a slice start bare; name an --image (launch/Dockerfile makes one), or say with "
             "--setup how the code gets there"
         )
+    job.check_outlives()
     where = shell(tuple(_where(job)))
     name = shlex.quote(job.name)
     limit = f"timeout --signal=TERM --kill-after={job.grace_seconds} {job.seconds} " if job.seconds else ""
