@@ -241,3 +241,22 @@ def test_launching_never_imports_jax():
     cases = ["launch experiments.tinyllama:v1_0 --on slurm --workdir r --nodes 2 --dry-run", "launch flags"]
     done = subprocess.run([sys.executable, "-c", code, *cases], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_image_is_built_from_what_there_is():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra for words in extras.values() for word in words for extra in re.findall(r"^jax\[(.+)\]", word)}
+    assert set(re.findall(r"ACCELERATOR=(\S+)", "\n".join(lines))) == named
+    [base] = [line for line in lines if line.startswith("FROM")]
+    assert re.fullmatch(r"FROM python:3\.1[12]\.\d+-slim-\w+", base), "pinned to the patch"
+    users = [line for line in lines if line.startswith("USER")]
+    assert users == ["USER researcher"] and lines.index(users[0]) > max(
+        n for n, w in enumerate(lines) if w[:3] == "RUN"
+    )
+    install = next(n for n, line in enumerate(lines) if "-r requirements.txt" in line)
+    assert install < next(n for n, line in enumerate(lines) if "tinyllama_jax tinyllama_jax" in line)
+    for line in lines:
+        if line.startswith("COPY"):
+            for source in [word for word in line.split()[1:-1] if not word.startswith("--")]:
+                assert (ROOT / source).exists()

@@ -66,8 +66,8 @@ class Job:
         """Raises ConfigError when the run's checkpoints would be lost together with the machines."""
         _require(
             not self.workdir or "://" in self.checkpoints or self.mounts or self.setup,
-            f"checkpoints in {self.checkpoints or self.workdir} would be lost with the machines; write them to a bucket "
-            "(--set checkpoint.directory=gs://...), or --mount a disk that stays",
+            f"checkpoints in {self.checkpoints or self.workdir} would be lost with the machines; write them to a "
+            "bucket (--set checkpoint.directory=gs://...), or --mount a disk that stays",
         )
 
     def supervised(self, platform: str, command: tuple[str, ...]) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def training(
     else:
         if any(directories):
             raise ConfigError(
-                f"{experiment}: checkpoint.directory is set, and the checkpoints of a sweep go to {workdir}/n/checkpoints; "
+                f"{experiment}: checkpoint.directory is set, and a sweep's checkpoints go to {workdir}/n/checkpoints; "
                 f"leave it out, or launch the runs one by one, such as {experiment}[0]"
             )
         experiment, workdir = f"{experiment}[{TASK}]", f"{workdir.rstrip('/')}/{TASK}"
