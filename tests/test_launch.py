@@ -1,8 +1,10 @@
 """What `launch` renders: committed examples, schemas, sweeps, and what it refuses."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -251,9 +253,8 @@ def test_the_image_is_built_from_what_there_is():
     [base] = [line for line in lines if line.startswith("FROM")]
     assert re.fullmatch(r"FROM python:3\.1[12]\.\d+-slim-\w+", base), "pinned to the patch"
     users = [line for line in lines if line.startswith("USER")]
-    assert users == ["USER researcher"] and lines.index(users[0]) > max(
-        n for n, w in enumerate(lines) if w[:3] == "RUN"
-    )
+    last_run = max(number for number, line in enumerate(lines) if line.startswith("RUN"))
+    assert users == ["USER researcher"] and lines.index(users[0]) > last_run
     install = next(n for n, line in enumerate(lines) if "-r requirements.txt" in line)
     assert install < next(n for n, line in enumerate(lines) if "tinyllama_jax tinyllama_jax" in line)
     for line in lines:

@@ -43,6 +43,13 @@ if how == "one of two" and first:
         open(failed, "w").close()
         sys.exit(1)
     time.sleep(600)
+if how == "wrong on one":
+    while me == "1" and len(open(records).readlines()) < 2:
+        time.sleep(0.1)
+    if me == "1":
+        sys.exit(78)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # srun's own status is then 143
+    time.sleep(600)
 if how == "waits" and not restarts:
     time.sleep(600)
 sys.exit(int(how) if how.isdigit() else 0)
@@ -127,6 +134,12 @@ def test_one_process_that_fails_ends_and_restarts_the_whole_step(slurm, submitte
     job = submitted("one of two", nodes=2)
     assert slurm.wait(job) == ["COMPLETED"], slurm.log(job)
     assert sorted(starts(tmp_path)) == ["0 0", "0 0", "1 0", "1 0"]
+
+
+def test_a_wrong_configuration_on_one_node_ends_all_and_is_never_started_again(slurm, submitted, tmp_path):
+    job = submitted("wrong on one", nodes=2)
+    assert slurm.wait(job) == ["FAILED"]
+    assert sorted(starts(tmp_path)) == ["0 0", "1 0"] and slurm.show(job)["ExitCode"] == "78:0", slurm.log(job)
 
 
 def test_new_checkpoints_begin_the_count_anew(slurm, submitted, tmp_path):

@@ -173,6 +173,29 @@ def test_counts_that_cannot_be_read_are_new_ones(supervise, tmp_path, programs, 
         assert supervise(0, on="slurm")[0] == 0
 
 
+SAID = [
+    (["s2: task 1: Exited with exit code 1", "s1: task 0: Exited with exit code 75"], 75, 1),
+    (["s2: task 1: Killed", "s1: task 0: Exited with exit code 75"], 137, 137),
+    (["s1: tasks 0-3,5: Exited with exit code 75", "s2: task 4: Killed"], 137, 75),
+    (["s2: task 1: Terminated", "s1: task 0: Exited with exit code 78"], 143, 78),
+    (["s1: task 0: Segmentation fault (core dumped)"], 139, 137),
+    (["Unable to create step for job 4: Requested nodes are busy"], 1, 1),
+    ([], 0, 0),
+]
+
+
+@pytest.mark.parametrize("said, status, expected", SAID)
+def test_the_process_that_failed_first_decides(said, status, expected, tmp_path, monkeypatch, capfd):
+    """srun's own status is the highest one.  The messages are those of Slurm 22.05; test_slurm.py has the real ones."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    lines = "\n".join(f"echo 'srun: error: {line}' >&2" for line in said)
+    (tmp_path / "srun").write_text(f"#!/bin/sh\necho training >&2\n{lines}\nexit {status}\n")
+    (tmp_path / "srun").chmod(0o755)
+    supervisor = Supervisor([str(tmp_path / "srun")], on="slurm", max_restarts=0)
+    assert supervisor._once() == expected
+    assert capfd.readouterr().err == "training\n" + "".join(f"srun: error: {line}\n" for line in said)
+
+
 def test_when_slurm_does_not_queue_it_again_it_starts_here(supervise, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -8,6 +8,8 @@
 Where it stands.  All processes of a run have to start again together, so it stands where all of them end together:
 
     slurm    in the batch script, around `srun --kill-on-bad-exit=1`, which ends the whole step when one process fails.
+             srun's own status is the highest of all processes', which says nothing: those that it ended because one
+             failed say 75 or 137.  Its messages tell how each of them ended, in order, and the first is the cause.
              After 75 it asks for `scontrol requeue`, so that others may go first.  Its counts outlive that in a file.
     gke      in each pod, once: Kubernetes restarts.  A failure after a new checkpoint becomes 75, which the Job's
              pod failure policy does not count, and one without becomes 1, which JobSet counts.
@@ -28,12 +30,15 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 PLATFORMS = ("slurm", "gke", "tpu", "sky", "local")
 DONE, AGAIN, NEVER, FAILED = 0, 75, (2, 78), 1
 IDLE_STOPS = 20  # times that a run may be stopped in a row without a new checkpoint
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PAUSE_SECONDS = (1, 5, 15, 60)  # before the first restart, the second, ...
+# srun: error: node7: tasks 3,5: Exited with exit code 78  |  srun: error: node7: task 3: Killed
+ENDED = re.compile(rb"srun: error: [^:]+: tasks? [-\d,\[\]]+: (?:Exited with exit code (\d+)|\w.*)\s*$")
 CHECKPOINT = re.compile(r"\d{8}")
 STATE = "supervisor.json"
 
@@ -62,6 +67,18 @@ def newest_checkpoint(folder: str) -> str:
         except (FileNotFoundError, NotADirectoryError):
             names = []
     return max((name for name in names if CHECKPOINT.fullmatch(name)), default="")
+
+
+def _relay(lines: IO[bytes]) -> int | None:
+    """Copies what srun says to our own stderr until it ends.  The status of the process that failed first: of those
+    that ended with 2 or 78 if there is one, as no other start helps then; 137 for a signal; None if none failed."""
+    ended: list[int] = []
+    for line in lines:
+        with contextlib.suppress(OSError):  # a full disk, behind the job's log
+            os.write(2, line)
+        if found := ENDED.match(line):
+            ended.append(int(found[1]) if found[1] else 137)
+    return next((status for status in ended if status in NEVER), ended[0] if ended else None)
 
 
 def slurm_job() -> str:
@@ -113,15 +130,18 @@ class Supervisor:
 
     def _once(self) -> int:
         """Runs the command to its end: its exit status, 128 + n when signal n ended it, 127 when there is none."""
+        step = self.on == "slurm" and Path(self.command[0]).name == "srun"
         try:
-            self.child = subprocess.Popen(self.command)
+            self.child = subprocess.Popen(self.command, stderr=subprocess.PIPE if step else None)
         except OSError as error:
             self.say(f"{self.command[0]}: {error.strerror}")
             return 127 if isinstance(error, FileNotFoundError) else 126
         if self.asked.is_set():  # the signal came while the child was being made
             self._pass_on(signal.SIGTERM)
+        first = _relay(self.child.stderr) if step else None
         status = self.child.wait()
-        return 128 - status if status < 0 else status
+        status = 128 - status if status < 0 else status
+        return status if first is None or not status else first
 
     def _after(self, status: int) -> int | None:
         """What follows from an exit status: an exit status of our own, or None to run it again."""
