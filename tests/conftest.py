@@ -78,6 +78,18 @@ def finished(tmp_path_factory, small_store) -> Path:
     return workdir
 
 
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """A Slurm cluster of two nodes on this machine, as in slurm_cluster.py; its tests carry the marker `slurm`."""
+    from slurm_cluster import Cluster, missing
+
+    if absent := missing():
+        say = f"{', '.join(absent)} not installed: tests/install_slurm.sh installs what Debian and Ubuntu have"
+        pytest.fail(say) if os.environ.get("CI") else pytest.skip(say)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
 @pytest.fixture
 def tales(tmp_path) -> Path:
     """Thirty texts in a folder."""

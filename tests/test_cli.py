@@ -38,6 +38,9 @@ def test_the_list_of_options_is_meant():
     settings = ["--experiment-path", "--set"]
     recipe = [*common, "--document-marks", "--filter", "--item-bytes", "--out", "--packing", "--tokenizer"]
     recipe += ["--validation-share", "--vocab-size", "--window-tokens"]
+    launched = [*common, "--account", "--dry-run", "--env", "--folder", "--grace", "--image", "--max-restarts"]
+    launched += ["--mount", "--name", "--on", "--partition", "--project", "--queue", "--setup", "--spot", "--time"]
+    launched += ["--zone"]
     assert options == {
         "demo": sorted([*common, *settings, "--experiment", "--workdir"]),
         "prepare": sorted([*recipe, "--workers"]),
@@ -45,11 +48,20 @@ def test_the_list_of_options_is_meant():
         "prepare run": sorted([*common, "--items", "--out", "--workers"]),
         "prepare finalize": sorted([*common, "--out"]),
         "prepare view": sorted([*common, "--out", "--seed", "--tokens"]),
-        "train": sorted([*settings, "--allow-config-change", "--help", "--workdir"]),
+        "train": sorted(
+            [*settings, "--allow-config-change", "--coordinator", "--help", "--process", "--processes", "--workdir"]
+        ),
         "preflight": sorted(
             [*common, *settings, "--as-written", "--assume", "--calibrate", "--estimate-only", "--max-cost", "--price"]
             + ["--target"]
         ),
+        "launch": sorted(
+            [*launched, *settings, "--max-cost", "--nodes", "--processes-per-node", "--profile", "--target"]
+            + ["--workdir"]
+        ),
+        "launch prepare": sorted([*launched, "--items", "--out", "--target", "--workers"]),
+        "launch flags": sorted([*common, "--profile"]),
+        "launch supervise": sorted(["--checkpoints", "--help", "--max-restarts", "--on", "--workdir"]),
         "report": sorted([*common, "--compare"]),
         "eval": sorted([*common, "--baselines", "--corpus", "--dtype", "--sequence-tokens", "--sequences"]),
         "score": sorted([*common, "--dtype", "--tokens"]),

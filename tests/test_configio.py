@@ -132,8 +132,32 @@ def test_an_experiment_is_found_in_the_current_directory(tmp_path, monkeypatch):
     ]:
         with pytest.raises(UsageError, match=message):
             configio.load_experiment(wrong)
-    with pytest.raises(ConfigError, match="not a Run"):
+    with pytest.raises(ConfigError, match=r"returned 2 Runs: a sweep is not one run; name one, such as .*sweep\[0\]"):
         configio.load_experiment("mine_here:sweep")
+
+
+def test_one_run_of_a_sweep_is_named_by_its_number(tmp_path, monkeypatch):
+    (tmp_path / "my_sweep.py").write_text(
+        "from experiments.smoke import tiny\nfrom tinyllama_jax.config import replace\n"
+        "def sweep():\n    return [replace(tiny(), name=f'seed{n}', seed=n) for n in range(12)]\n"
+        "def one():\n    return tiny()\n"
+        "def none():\n    return []\n"
+        "def words():\n    return ['tiny']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert configio.load_experiment("my_sweep:sweep[11]").seed == 11
+    assert [run.seed for run in configio.load_runs("my_sweep:sweep")] == list(range(12))
+    assert configio.load_runs("my_sweep:one").name == "tiny"
+    for wrong, message in [
+        ("my_sweep:sweep[12]", "returns 12 Runs, numbered from 0"),
+        ("my_sweep:one[0]", r"returns one Run; leave \[0\] out"),
+        ("my_sweep:sweep[-1]", "has no function"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            configio.load_experiment(wrong)
+    for wrong, message in [("my_sweep:none", "an empty list"), ("my_sweep:words", "returned list, not a Run")]:
+        with pytest.raises(ConfigError, match=message):
+            configio.load_runs(wrong)
 
 
 def test_an_experiment_is_found_on_the_experiment_path(tmp_path):

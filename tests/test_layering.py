@@ -19,14 +19,16 @@ NO_JAX = {
     "lab.chinchilla",
     "lab.isoflop",
     "lab.repetition",
+    "launch.supervise",
 }
 ONE_HOME = {
     "orbax": {"train.checkpoint_files"},
     "grain": {"data.pipeline"},
     **dict.fromkeys(("tokenizers", "sentencepiece"), {"data.tokenizer", "data.tokenizer_backends"}),
     **dict.fromkeys(("pyarrow", "zstandard", "tensorflow_datasets", "array_record"), {"data.readers"}),
-    "fsspec": {"data.storage"},
+    "fsspec": {"data.storage", "launch.bucket"},
     "datasketch": {"data.duplicates"},
+    "yaml": {"launch.yaml_text"},
     "datatrove": {"data.datatrove_adapter"},
     **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.track"}),
 }
@@ -101,6 +103,17 @@ def test_config_imports_the_standard_library_only():
         assert ours(imported) <= {"errors"}
         roots = {i.split(".")[0] for i in imported}
         assert roots <= sys.stdlib_module_names | {"tinyllama_jax"}
+
+
+def test_the_supervisor_needs_the_standard_library_only():
+    """It runs beside the container, on nodes that may have nothing but Python."""
+    import sys
+
+    assert {i.split(".")[0] for i in imports_of(MODULES["launch.supervise"])} <= {
+        *sys.stdlib_module_names,
+        "tinyllama_jax",
+    }
+    assert ours(imports_of(MODULES["launch.supervise"])) == {"launch.bucket"}, "only when it is asked for a bucket"
 
 
 @pytest.mark.parametrize("name", sorted(NO_JAX & set(MODULES)))

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from tinyllama_jax import __version__, verbs
+from tinyllama_jax.cli_launch import LAUNCH_STEPS, add_launch
 from tinyllama_jax.cli_prepare import PREPARE_STEPS, add_prepare
 from tinyllama_jax.configio import nearest
 from tinyllama_jax.errors import UserError
@@ -146,6 +147,8 @@ def build_parser() -> argparse.ArgumentParser:
     settings(sub)
     as_json(sub)
 
+    add_launch(verb, settings, as_json)
+
     sub = verb(
         "report",
         verbs.report,
@@ -238,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["prepare"] and argv[1:2] and argv[1] in PREPARE_STEPS:
+    if argv[1:2] and argv[1] in {"prepare": PREPARE_STEPS, "launch": LAUNCH_STEPS}.get(argv[0], ()):
         argv[:2] = [" ".join(argv[:2])]
     parser = build_parser()
     known = parser._subparsers._group_actions[0].choices

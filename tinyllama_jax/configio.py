@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -247,11 +248,29 @@ def differences(before: Any, after: Any, where: str = "") -> list[str]:
 
 
 def load_experiment(name: str, search: Sequence[str] = ()) -> Run:
-    """The Run that `module:function` returns.
+    """The Run that `module:function` returns, or the n-th, from 0, of the list that `module:function[n]` does.
 
     `search` and then the current directory are put first on the import path, so that a user's own module is found
     from any directory and whichever way the program was started.
     """
+    found = re.fullmatch(r"(.*)\[(\d+)\]", name)
+    made = load_runs(found[1] if found else name, search)
+    if not found:
+        if isinstance(made, Run):
+            return made
+        raise ConfigError(
+            f"experiment {name!r} returned {len(made)} Runs: a sweep is not one run; name one, such as {name}[0], or "
+            "launch them all"
+        )
+    if isinstance(made, Run):
+        raise UsageError(f"experiment {name!r}: {found[1]} returns one Run; leave [{found[2]}] out")
+    if int(found[2]) >= len(made):
+        raise UsageError(f"experiment {name!r}: {found[1]} returns {len(made)} Runs, numbered from 0")
+    return made[int(found[2])]
+
+
+def load_runs(name: str, search: Sequence[str] = ()) -> Run | list[Run]:
+    """What `module:function` returns: a Run, or the list of Runs of a sweep, which is not empty."""
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
         raise UsageError(f"experiment {name!r}: write it as module:function, such as experiments.smoke:demo")
@@ -274,7 +293,10 @@ def load_experiment(name: str, search: Sequence[str] = ()) -> Run:
         public = [n for n in own if not n.startswith("_")]
         hint = nearest(function_name, public) or f" (there are: {', '.join(public)})"
         raise UsageError(f"experiment {name!r}: {module_name} has no function {function_name!r}{hint}")
-    run = function()
-    if not isinstance(run, Run):
-        raise ConfigError(f"experiment {name!r} returned {type(run).__name__}, not a Run; a sweep is not one run")
-    return run
+    made = function()
+    if isinstance(made, Run):
+        return made
+    if isinstance(made, (list, tuple)) and made and all(isinstance(run, Run) for run in made):
+        return list(made)
+    what = "an empty list" if isinstance(made, (list, tuple)) and not made else type(made).__name__
+    raise ConfigError(f"experiment {name!r} returned {what}, not a Run and not a list of Runs")
