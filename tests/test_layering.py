@@ -28,7 +28,7 @@ ONE_HOME = {
     "fsspec": {"data.storage"},
     "datasketch": {"data.duplicates"},
     "datatrove": {"data.datatrove_adapter"},
-    **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.track"}),
+    **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.adapters"}),
 }
 BELOW_TRAIN = {"model", "attention", "loss", "optim", "data", "schedules", "presets", "flops", "sharding"}
 EXPERIMENTS_MAY_USE = {"config", "presets", "schedules", "lab.sweep"}
