@@ -116,7 +116,7 @@ def wandb_records(path):
 
 
 def wandb(directory):
-    """(name, step, value) of all files of the page, and its alerts; another process writes them, which may take time."""
+    """(name, step, value) of all files of the page, and its alerts; another process writes them."""
     until = time.monotonic() + 30
     files = sorted(directory.glob("offline-run-*/run-*.wandb"))
     for path in files:

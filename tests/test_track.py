@@ -2,7 +2,6 @@ import json
 import math
 import subprocess
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
