@@ -89,8 +89,8 @@ def _within_steps(columns: dict[str, np.ndarray]) -> dict[str, float]:
     """
     seconds, compiled = np.nan_to_num(columns["step_s"]), columns["compiled"] == 1
     skipped = np.nan_to_num(columns["skipped"]) > 0
-    waits = np.nan_to_num(columns["data_wait_s"])
-    waits = np.maximum.reduce([waits, np.append(waits[1:], 0.0), np.append(waits[2:], [0.0, 0.0])[: len(waits)]])
+    padded = np.append(np.nan_to_num(columns["data_wait_s"]), [0.0, 0.0])
+    waits = np.maximum.reduce([padded[:-2], padded[1:-1], padded[2:]])
     waiting = waits > seconds / 2
     usual = np.zeros(len(seconds))  # of a step of this batch size that neither compiles nor waits
     batches = np.nan_to_num(columns["batch_tokens"])
