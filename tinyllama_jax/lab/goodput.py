@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -64,16 +65,13 @@ def account(events: Iterable[dict], columns: dict[str, np.ndarray], now: float |
         kind = {"saved": "save", "evaluated": "evaluate", "cut_back": "redone"}.get(event.get("kind"))
         if kind:
             lost[kind] += spent
-        elif event.get("kind") == "start":
-            restored = _number(event.get("restore_s"))
-            lost["restore"] += restored
-            lost["start"] += max(spent - restored, 0.0)
-    begins, lives = _lives(events, columns["time"], seconds)
-    if not begins:
+    lives = _lives(events, columns["time"], seconds)
+    if not lives:
         return {"wall_s": 0.0, "train_s": 0.0, "goodput": math.nan, "lost": lost}
-    lost["down"] = sum(max(begin - end, 0.0) for end, begin in zip(lives, begins[1:], strict=False))
-    end = max(now if now is not None else -math.inf, *lives)
-    wall = end - begins[0]
+    lost["start"] = sum(max(life.started - life.began - life.restored, 0.0) for life in lives)
+    lost["restore"] = sum(life.restored for life in lives)
+    lost["down"] = sum(after.began - before.ended for before, after in itertools.pairwise(lives))
+    wall = max(now or -math.inf, lives[-1].ended) - lives[0].began
     train = max(float(seconds.sum()) - lost["compile"] - lost["data"] - lost["skipped"], 0.0)
     lost["other"] = max(wall - train - sum(lost.values()), 0.0)
     share = train / wall if wall > 0 and len(seconds) else math.nan
@@ -106,27 +104,38 @@ def _within_steps(columns: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def _lives(events: list[dict], times: np.ndarray, seconds: np.ndarray) -> tuple[list[float], list[float]]:
-    """When each process began, and its last sign of life; both as seconds since 1970."""
+@dataclass
+class _Life:
+    """One process; all times are seconds since 1970."""
+
+    began: float
+    started: float  # when its event `start` was written
+    restored: float  # seconds for which it read a checkpoint
+    ended: float  # its last sign of life
+
+
+def _lives(events: list[dict], times: np.ndarray, seconds: np.ndarray) -> list[_Life]:
+    """The processes in their order.  None began before the one before it had ended, whatever its event says."""
     seen = [t for t in times.tolist() if math.isfinite(t)]
-    begins = []
+    seen += [event["until"] for event in events if isinstance(event.get("until"), int | float)]
+    starts = []
     for event in events:
         at = _time(event)
         if event.get("kind") == "start" and at is not None:
-            begins.append(at - _number(event.get("seconds")))
+            starts.append((at, event))
         elif at is not None and event.get("kind") != "cut_back":  # written by the process after the one it tells of
             seen.append(at)
-        if isinstance(event.get("until"), int | float):
-            seen.append(event["until"])
-    if not begins and len(times) and math.isfinite(times[0]):
-        begins = [float(times[0] - seconds[0])]
-    begins.sort()
-    seen = np.sort(seen)
-    lives = []
-    for begin, following in itertools.zip_longest(begins, begins[1:], fillvalue=math.inf):
-        last = np.searchsorted(seen, following) - 1
-        lives.append(max(begin, float(seen[last])) if last >= 0 else begin)
-    return begins, lives
+    if not starts and len(times) and math.isfinite(times[0]):
+        starts = [(float(times[0]), {"seconds": float(seconds[0])})]
+    starts.sort(key=lambda start: start[0])
+    signs, lives = np.sort(seen), []
+    for (at, event), (following, _) in itertools.zip_longest(starts, starts[1:], fillvalue=(math.inf, {})):
+        earliest = lives[-1].ended if lives else -math.inf
+        last = np.searchsorted(signs, following) - 1
+        ended = max(at, float(signs[last])) if last >= 0 else at
+        began = max(at - _number(event.get("seconds")), earliest)
+        lives.append(_Life(began, at, min(_number(event.get("restore_s")), at - began), ended))
+    return lives
 
 
 class Goodput:
@@ -134,8 +143,8 @@ class Goodput:
 
     def __init__(self, events: Iterable[dict], metrics: Iterable[dict]):
         """events, metrics: the records so far, metrics cut back to where the run goes on."""
-        begins = _lives([e for e in events if e.get("kind") == "start"], np.empty(0), np.empty(0))[0]
-        self._began = begins[0] if begins else None
+        lives = _lives([e for e in events if e.get("kind") == "start"], np.empty(0), np.empty(0))
+        self._began = lives[0].began if lives else None
         self.read_again(metrics)
 
     def read_again(self, metrics: Iterable[dict]) -> None:

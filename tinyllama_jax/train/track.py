@@ -42,17 +42,17 @@ class Tracker:
 
     def __init__(self, run_dir: str | Path, run: Run, plan: Plan, *, resume_step: int):
         """Cuts the records back to `resume_step`; 0 empties them.  ConfigError when they cannot be written."""
-        self._directory, self._plan = Path(run_dir), plan
-        self._events = _Lines(self._directory / "events.jsonl")
+        self.directory, self._plan = Path(run_dir), plan
+        self._events = _Lines(self.directory / "events.jsonl")
         seen = self._open(resume_step)
         self._goodput = Goodput(read(self._events.path), read(self._metrics.path))
         self._progress = _Progress(plan, resume_step)
-        self._adapters = adapters(self._directory, run, plan, step=resume_step, seen=seen)
+        self._adapters = adapters(self.directory, run, plan, step=resume_step, seen=seen)
 
     def _open(self, step: int) -> dict[str, int]:
         """Opens the records, cut back to `step`; returns how far metrics and validation went before."""
-        cut = {name: cut_back(self._directory / f"{name}.jsonl", step) for name in RECORDS}
-        self._metrics, self._validation, self._samples = (_Lines(self._directory / f"{name}.jsonl") for name in RECORDS)
+        cut = {name: cut_back(self.directory / f"{name}.jsonl", step) for name in RECORDS}
+        self._metrics, self._validation, self._samples = (_Lines(self.directory / f"{name}.jsonl") for name in RECORDS)
         gone = cut["metrics"]
         if gone.steps:
             self.event("cut_back", step=step, steps=gone.steps, seconds=gone.seconds, until=gone.until)
