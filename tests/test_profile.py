@@ -25,16 +25,16 @@ def records(workdir):
 
 
 def test_a_run_is_traced_once_and_its_numbers_stay_the_same(finished, small_store, tmp_path, monkeypatch, capfd):
-    folder, make, count = tmp_path / "run" / "profile", step.make_train_step, iter(range(1000))
+    folder, make, count, spent = tmp_path / "run" / "profile", step.make_train_step, iter(range(1000)), []
     profile = Profile(Tracking(profile_steps=2, profile_after_steps=3), folder)
 
     def traced(run):
         train_step = make(run)
 
         def call(*arguments):
-            profile.before(next(count))
+            spent.append(profile.before(next(count)))
             state, metrics = train_step(*arguments)
-            profile.after(metrics)
+            spent.append(profile.after(metrics))
             return state, metrics
 
         return call
@@ -42,6 +42,7 @@ def test_a_run_is_traced_once_and_its_numbers_stay_the_same(finished, small_stor
     monkeypatch.setattr(step, "make_train_step", traced)
     assert main(quick_command(small_store, tmp_path / "run")) == 0
     profile.close()
+    assert [i for i, seconds in enumerate(spent) if seconds] == [2 * 3, 2 * 4 + 1], "before the fourth, after the fifth"
     (trace,) = traces(folder)
     content = trace.read_bytes()
     assert b"train_step" in content, "the compiled step goes by its name"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,30 +31,40 @@ class Profile:
         self._tracing = False
         self._mark = None
 
-    def before(self, step_of_this_start: int) -> None:
-        """step_of_this_start: the number of steps that this process has dispatched already."""
+    def before(self, step_of_this_start: int) -> float:
+        """step_of_this_start: the number of steps that this process has dispatched already.
+
+        Returns the seconds that beginning the trace took, which are not the step's.
+        """
+        spent = 0.0
         if self._waits and step_of_this_start >= self._first:
             self._waits = False
-            self._try(self._start)
+            spent = self._try(self._start)
         if self._tracing:  # so that xprof can tell the steps apart
             self._mark = jax.profiler.StepTraceAnnotation("train", step_num=step_of_this_start)
             self._mark.__enter__()
+        return spent
 
-    def after(self, outputs: Any) -> None:
-        """outputs: what the step was dispatched to compute; waited for at the last traced step, so that it is whole."""
+    def after(self, outputs: Any) -> float:
+        """outputs: what the step was dispatched to compute; waited for at the last traced step, so that it is whole.
+
+        Returns the seconds that writing the trace took, which are not the step's.
+        """
         if self._mark is not None:
             self._mark.__exit__(None, None, None)
             self._mark = None
             self._traced += 1
         if self._tracing and self._traced == self._steps:
             jax.block_until_ready(outputs)
-            self.close()
+            return self.close()
+        return 0.0
 
-    def close(self) -> None:
-        """Ends a trace that is under way; a run may end before its last step."""
-        if self._tracing:
-            self._tracing = False
-            self._try(self._stop)
+    def close(self) -> float:
+        """Ends a trace that is under way; a run may end before its last step.  Returns the seconds that it took."""
+        if not self._tracing:
+            return 0.0
+        self._tracing = False
+        return self._try(self._stop)
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
@@ -65,9 +76,11 @@ class Profile:
         jax.profiler.stop_trace()
         self._say(f"trace of {self._traced} steps: xprof --logdir {self._folder} (pip install xprof)")
 
-    def _try(self, function: Callable[[], None]) -> None:
+    def _try(self, function: Callable[[], None]) -> float:
+        before = time.perf_counter()
         try:
             function()
         except Exception as error:  # a trace must not stop a run
             self._tracing = False
             self._say(f"no trace in {self._folder}: {' '.join(str(error).split())[:200]}")
+        return time.perf_counter() - before
