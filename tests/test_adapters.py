@@ -173,13 +173,12 @@ def test_runs_of_one_name_have_pages_of_their_own(tmp_path, databases):
     assert len(pages) == 2
 
 
-def test_a_run_that_goes_back(tmp_path, databases):
-    """TensorBoard shows the steps as they were done at last, the others as they were done first; none twice."""
-    tracker = open_tracker(tmp_path, **ALL)
-    write_steps(tracker, range(1, 7))
-    tracker.rewind(4)
-    write_steps(tracker, range(5, 9), loss=lambda step: 3.0)
-    tracker.close()
+def test_steps_that_are_other_ones_the_second_time(tmp_path, databases):
+    """As after a rollback: TensorBoard shows them as they were done at last, the others as at first; none twice."""
+    for steps, resume_step, loss in ((range(1, 7), 0, lambda step: 1 / step), (range(5, 9), 4, lambda step: 3.0)):
+        tracker = open_tracker(tmp_path, resume_step=resume_step, **ALL)
+        write_steps(tracker, steps, loss)
+        tracker.close()
     assert shown(tensorboard(tmp_path / "tensorboard")[0]) == expected(lambda s: 1 / s if s <= 4 else 3.0)
     kept = expected(lambda s: 1 / s if s <= 6 else 3.0)
     assert shown(wandb(tmp_path / "wandb")[0]) == kept

@@ -120,13 +120,14 @@ def test_the_report_tells_it(tmp_path):
     run = write_run(tmp_path / "r", steps=10, validation_every=0)
     alerts = [event(60, "alert", alert="stall", step=8, text="step 8 took <long>") for _ in range(30)]
     again = event(48, "cut_back", step=4, steps=3, seconds=6.0, until=EPOCH + 33)
-    lines(run / "events.jsonl", [*EVENTS[:3], again, *EVENTS[4:], *alerts, event(61, "rollback", step=8)])
+    lines(run / "events.jsonl", [*EVENTS[:3], again, *EVENTS[4:], *alerts])
+    (run / "rollbacks.json").write_text('{"rollbacks": [{"from": 8, "to": 4}]}')
     lines(run / "metrics.jsonl", METRICS)
     text = write_report(run).read_text()
     assert "Where the time went" in text and "1 min 9 s since the first start, 26.1% trained" in text
     assert "validation and samples</td>" in text and "5.8%" in text
     assert "30 alerts: 30 × stall." in text and text.count("step 8 took &lt;long&gt;") == 30
-    assert "Rolled back 1 time." in text and "3 steps done again, from 1 checkpoint." in text
+    assert "1 rollback: from step 8 to 4." in text and "3 steps done again, from 1 checkpoint." in text
     assert "1 skipped step: 9." in text and "> evaluated<" not in text
 
 

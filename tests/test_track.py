@@ -158,22 +158,6 @@ def test_what_is_cut_back_is_counted_with_its_time(tmp_path, plan):
     assert event == {"kind": "cut_back", "step": 5, "steps": 2, "seconds": 4.0, "until": 107.0}
 
 
-def test_a_run_that_goes_back_is_as_if_it_had_not_gone_forth(tmp_path, plan):
-    whole, back = tmp_path / "whole", tmp_path / "back"
-    for directory, steps in ((whole, [range(1, 11)]), (back, [range(1, 9), range(4, 11)])):
-        directory.mkdir()
-        tracker = open_tracker(directory, plan)
-        for number, part in enumerate(steps):
-            if number:
-                tracker.rewind(part[0] - 1)
-            write_steps(tracker, part)
-        tracker.close()
-    for name in RECORDS:
-        assert (back / name).read_bytes() == (whole / name).read_bytes()
-    (event,) = read(back / "events.jsonl")
-    assert (event["kind"], event["step"], event["steps"]) == ("cut_back", 3, 5)
-
-
 def test_an_alert_is_an_event_and_one_line(tmp_path, plan, capfd):
     tracker = open_tracker(tmp_path, plan)
     tracker.alert({"alert": "stall", "step": 3, "text": "step 3 took long; look at the disk", "seconds": 9.0})

@@ -145,10 +145,6 @@ class Goodput:
         """events, metrics: the records so far, metrics cut back to where the run goes on."""
         lives = _lives([e for e in events if e.get("kind") == "start"], np.empty(0), np.empty(0))
         self._began = lives[0].began if lives else None
-        self.read_again(metrics)
-
-    def read_again(self, metrics: Iterable[dict]) -> None:
-        """After metrics.jsonl was cut back."""
         self._trained = math.fsum(_trained(record) for record in metrics)
 
     def started(self, began: float) -> None:

@@ -92,8 +92,9 @@ def _faults(run: Run, kinds: Counter[str]) -> list[str]:
         alerts = Counter(str(event.get("alert", "?")) for event in run.events if event.get("kind") == "alert")
         told = ", ".join(f"{number} × {escape(kind)}" for kind, number in alerts.most_common())
         notes.append(f"{_number(kinds['alert'], 'alert')}: {told}.")
-    if kinds["rollback"]:
-        notes.append(f"Rolled back {_number(kinds['rollback'], 'time')}.")
+    if run.rollbacks:
+        some = ", ".join(f"from step {back.get('from')} to {back.get('to')}" for back in run.rollbacks[:12])
+        notes.append(f"{_number(len(run.rollbacks), 'rollback')}: {escape(some)}.")
     again = [event.get("steps", 0) for event in run.events if event.get("kind") == "cut_back"]
     if again:
         notes.append(f"{_number(sum(again), 'step')} done again, from {_number(len(again), 'checkpoint')}.")

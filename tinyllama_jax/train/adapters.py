@@ -1,7 +1,8 @@
 """Views of the records elsewhere: TensorBoard, Weights & Biases and trackio, each with the library's own writer.
 
 A view may be lost, a run may not: the first failure of an adapter ends it with one warning, and training goes on.
-metrics.jsonl is the truth; a step that a resumed or rolled-back run takes again is shown once.
+metrics.jsonl is the truth.  A step that a resumed run takes again is shown once: by TensorBoard as it was taken last,
+by the others, whose pages cannot be shortened, as it was taken first.
 """
 
 from __future__ import annotations
@@ -55,16 +56,9 @@ class Adapter:
     def alert(self, alert: dict) -> None:
         self._try(self.warn, alert)
 
-    def rewind(self, step: int, tokens: int) -> None:
-        """The run goes on after `step`, with steps that were shown."""
-        self._try(self.cut_back, step, tokens)
-
     def close(self) -> None:
         self._try(self.finish)
         self._on = False
-
-    def cut_back(self, step: int, tokens: int) -> None:
-        """Most pages cannot be shortened: what they have shown stays."""
 
     def _try(self, function: Callable, *arguments) -> None:
         if not self._on:
@@ -92,7 +86,7 @@ class TensorBoard(Adapter):
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
 
-        self._directory, self._summary, self._pb = directory, summary, event_pb2
+        self._summary, self._pb = summary, event_pb2
         directory.mkdir(exist_ok=True)
         # A file's name has only the second, and a file of that name would be overwritten.
         self._writer = event_file_writer.EventsWriter(str(directory / "events"), f".{time.time_ns()}")
@@ -110,11 +104,6 @@ class TensorBoard(Adapter):
     def _event(self, tokens: int, **content) -> None:
         self._writer.write_event(self._pb.Event(step=tokens, wall_time=time.time(), **content))
         self._writer.flush()
-
-    def cut_back(self, step: int, tokens: int) -> None:
-        self._writer.close()
-        self._seen.clear()
-        self.open(self._directory, tokens)
 
     def finish(self) -> None:
         self._writer.close()

@@ -58,16 +58,6 @@ class Tracker:
             self.event("cut_back", step=step, steps=gone.steps, seconds=gone.seconds, until=gone.until)
         return {"train": gone.last, "validation": cut["validation"].last}
 
-    def rewind(self, step: int) -> None:
-        """The run goes back to `step`: the records are cut back as on resume, and so are the adapters that can."""
-        for lines in (self._metrics, self._validation, self._samples):
-            lines.close()
-        self._open(step)
-        self._goodput.read_again(read(self._metrics.path))
-        self._progress.rewind(step)
-        for adapter in self._adapters:
-            adapter.rewind(step, self._plan.tokens_at(step))
-
     def step(self, record: dict) -> None:
         """record: `step` and `tokens` count what is done; `loss`, `stage` and `timing.tokens_per_s` are shown.
 
@@ -260,11 +250,6 @@ class _Progress:
             self._printed = time.monotonic()
             words = "  ".join(f"{name} {value}" for name, value in shown.items())
             self.line(f"step {record['step']}/{self._total}  {words}  tokens {record['tokens']:,}")
-
-    def rewind(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.n = step
-            self._bar.refresh()
 
     def line(self, text: str) -> None:
         if self._bar is not None:
