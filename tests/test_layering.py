@@ -30,7 +30,7 @@ ONE_HOME = {
     "datasketch": {"data.duplicates"},
     "yaml": {"launch.yaml_text"},
     "datatrove": {"data.datatrove_adapter"},
-    **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.track"}),
+    **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.adapters"}),
 }
 BELOW_TRAIN = {"model", "attention", "loss", "optim", "data", "schedules", "presets", "flops", "sharding"}
 EXPERIMENTS_MAY_USE = {"config", "presets", "schedules", "lab.sweep"}

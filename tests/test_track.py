@@ -1,16 +1,13 @@
 import json
 import math
 import subprocess
-import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quick_experiment import quick
 
 from tinyllama_jax import config, errors
 from tinyllama_jax.schedules import Plan
@@ -26,8 +23,8 @@ def plan():
     return Plan((stage,), 4)
 
 
-def open_tracker(directory, plan, *, resume_step=0, tensorboard=False):
-    run = SimpleNamespace(tracking=config.Tracking(tensorboard=tensorboard))
+def open_tracker(directory, plan, *, resume_step=0):
+    run = SimpleNamespace(tracking=config.Tracking())
     return Tracker(directory, run, plan, resume_step=resume_step)
 
 
@@ -64,7 +61,9 @@ def test_resume_leaves_what_an_uninterrupted_run_would_have(tmp_path, plan):
     tracker.close()
     for name in RECORDS:
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    assert len(read(cut / "events.jsonl")) == 2
+    first, cut_back, second = read(cut / "events.jsonl")
+    assert first["kind"] == second["kind"] == "start"
+    assert (cut_back["kind"], cut_back["step"], cut_back["steps"]) == ("cut_back", 4, 3)
     assert not [p for p in cut.iterdir() if p.name.startswith(".")]
 
 
@@ -133,33 +132,6 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, plan, capfd, monkeypatch):
     assert "4/10" in err and "10/10" in err and "loss=0.1000" in err and "\r" in err
 
 
-def test_tensorboard_gets_the_same_numbers_over_tokens(tmp_path, plan):
-    tracker = open_tracker(tmp_path, plan, tensorboard=True)
-    write_steps(tracker, [1, 2])
-    tracker.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    from tensorboardX.proto.event_pb2 import Event
-
-    data, scalars = events.read_bytes(), {}
-    while data:  # length, its checksum, the record, its checksum
-        size = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + size])
-        scalars |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
-        data = data[16 + size :]
-    assert scalars["train/loss", 8] == 1.0 and scalars["train/loss", 16] == 0.5
-    assert scalars["validation/domains/prose/loss", 16] == 2.0
-    assert scalars["train/timing/tokens_per_s", 8] == 50.0
-
-
-def test_tensorboard_fails_soft_with_one_warning(tmp_path, plan, capfd):
-    (tmp_path / "tensorboard").write_text("a file in the way")
-    tracker = open_tracker(tmp_path, plan, tensorboard=True)
-    write_steps(tracker, [1, 2])
-    tracker.close()
-    assert capfd.readouterr().err.count("TensorBoard is off") == 1
-    assert len(read(tmp_path / "metrics.jsonl")) == 2
-
-
 def test_a_full_disk_is_one_line_and_the_incomplete_line_is_dropped_on_resume(mount, plan):
     disk = mount("size=64k")
     tracker = open_tracker(disk, plan)
@@ -173,30 +145,39 @@ def test_a_full_disk_is_one_line_and_the_incomplete_line_is_dropped_on_resume(mo
     assert [record["step"] for record in read(disk / "metrics.jsonl")] == list(range(1, len(lines)))
 
 
-def wandb_run():
-    return config.replace(quick(), tracking=config.Tracking(wandb_project="tests"))
-
-
-def test_wandb_keeps_the_numbers_offline(tmp_path, plan, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    tracker = Tracker(tmp_path, wandb_run(), plan, resume_step=0)
-    write_steps(tracker, [1, 2])
+def test_what_is_cut_back_is_counted_with_its_time(tmp_path, plan):
+    tracker = open_tracker(tmp_path, plan)
+    for step in range(1, 8):
+        timing = {"step_s": 2.0, "time": 100.0 + step}
+        tracker.step({"step": step, "tokens": step * 8, "loss": 1.0, "timing": timing})
     tracker.close()
-    (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    until = time.monotonic() + 30  # another process writes it, and a busy machine lets that wait
-    while b"validation/domains/prose/loss" not in stored.read_bytes() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert b"train/loss" in stored.read_bytes() and b"validation/domains/prose/loss" in stored.read_bytes()
-    page = (tmp_path / "wandb_id").read_text()
-    assert page in stored.name
-    Tracker(tmp_path, wandb_run(), plan, resume_step=1).close()
-    assert (tmp_path / "wandb_id").read_text() == page, "a resumed run continues its page"
+    open_tracker(tmp_path, plan, resume_step=7).close()  # nothing is done again
+    open_tracker(tmp_path, plan, resume_step=5).close()
+    (event,) = read(tmp_path / "events.jsonl")
+    event.pop("time")
+    assert event == {"kind": "cut_back", "step": 5, "steps": 2, "seconds": 4.0, "until": 107.0}
 
 
-def test_wandb_fails_soft_with_one_warning(tmp_path, plan, capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    tracker = Tracker(tmp_path, wandb_run(), plan, resume_step=0)
-    write_steps(tracker, [1, 2])
+def test_an_alert_is_an_event_and_one_line(tmp_path, plan, capfd):
+    tracker = open_tracker(tmp_path, plan)
+    tracker.alert({"alert": "stall", "step": 3, "text": "step 3 took long; look at the disk", "seconds": 9.0})
     tracker.close()
-    assert capfd.readouterr().err.count("wandb is off") == 1
-    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [1, 2]
+    (event,) = read(tmp_path / "events.jsonl")
+    assert (event["kind"], event["alert"], event["step"], event["seconds"]) == ("alert", "stall", 3, 9.0)
+    assert capfd.readouterr().err == "alert: stall: step 3 took long; look at the disk\n"
+
+
+def test_every_line_tells_the_goodput_so_far(tmp_path, plan):
+    tracker = open_tracker(tmp_path, plan)
+    tracker.event("start", how="fresh", step=0, seconds=100.0)
+    for step in (1, 2):
+        tracker.step({"step": step, "tokens": step * 8, "loss": 1.0, "timing": {"step_s": 20.0}})
+    tracker.close()
+    assert [r["timing"]["goodput"] for r in read(tmp_path / "metrics.jsonl")] == pytest.approx([0.2, 0.4], rel=0.05)
+    tracker = open_tracker(tmp_path, plan, resume_step=1)
+    tracker.event("start", how="resumed", step=1, seconds=0.0)
+    tracker.step({"step": 2, "tokens": 16, "loss": 1.0, "timing": {"step_s": 30.0, "compiled": True}})
+    tracker.step({"step": 3, "tokens": 24, "loss": 1.0, "timing": {"step_s": 30.0}})
+    tracker.close()
+    shares = [r["timing"]["goodput"] for r in read(tmp_path / "metrics.jsonl")]
+    assert shares == pytest.approx([0.2, 0.2, 0.5], rel=0.05)

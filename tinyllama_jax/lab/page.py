@@ -72,6 +72,9 @@ header p { color: var(--soft); }
 .good { color: var(--good); } .bad { color: var(--bad); } .open { color: var(--open); }
 .progress { height: 4px; border-radius: 2px; background: var(--line); overflow: hidden; }
 .progress i { display: block; height: 100%; background: var(--open); }
+.parts { display: flex; gap: 1px; height: 18px; margin: 12px 0; border-radius: 4px; overflow: hidden; }
+.parts i { display: block; height: 100%; }
+.dot { display: inline-block; width: 10px; height: 10px; margin-right: 7px; border-radius: 2px; }
 .tiles {
   display: grid; grid-template-columns: repeat(3, 1fr); gap: 1px; margin: 22px 0 0;
   background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden;

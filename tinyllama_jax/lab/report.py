@@ -24,12 +24,12 @@ import numpy as np
 from tinyllama_jax import __version__
 from tinyllama_jax.errors import DataError
 from tinyllama_jax.lab.draw import last, save, scientific, si, smooth
-from tinyllama_jax.lab.page import CAPTIONS, PAGE, clock, duration, number, table
+from tinyllama_jax.lab.history import events, time_spent
+from tinyllama_jax.lab.page import CAPTIONS, PAGE, duration, number, table
 from tinyllama_jax.lab.plots import breaks, figures, unique_names
 from tinyllama_jax.lab.runs import Run
 
-_MOST_EVENTS, _MOST_SAMPLES = 200, 200  # rows; a page must stay light enough to be mailed
-_ROUTINE = {"checkpoint_writing", "checkpoint_written", "checkpoint_committed"}  # told in one sentence
+_MOST_SAMPLES = 200  # rows; a page must stay light enough to be mailed
 
 
 def write_report(run_dir: str | Path | Run, *, compare: Sequence[str | Path | Run] = ()) -> Path:
@@ -65,7 +65,8 @@ def render(run: Run, images: dict[str, bytes], others: Sequence[Run] = ()) -> st
         *(_figure(name, images[name]) + _comparison(run, others, name) for name in CAPTIONS if name in images),
         _stages(run),
         _samples(run),
-        _events(run),
+        time_spent(run),
+        events(run),
         _provenance(run),
     ]
     body = "\n".join(section for section in sections if section)
@@ -240,41 +241,6 @@ def _continuation(sample: dict[str, Any]) -> str:
     return text.removeprefix(prompt) if prompt else text
 
 
-def _events(run: Run) -> str:
-    skipped = run.column("step")[np.nan_to_num(run.column("skipped")) > 0].astype(int).tolist()
-    notes = []
-    if skipped:
-        some = ", ".join(f"{step:,}" for step in skipped[:12]) + (", …" if len(skipped) > 12 else "")
-        notes.append(f"{len(skipped):,} skipped {'step' if len(skipped) == 1 else 'steps'}: {some}.")
-    missing = int((~np.isfinite(run.column("loss"))).sum())
-    if missing:
-        notes.append(f"{missing:,} {'step' if missing == 1 else 'steps'} without a finite loss.")
-    damaged = run.metrics.damaged_lines + run.validation.damaged_lines
-    if damaged:
-        notes.append(f"{damaged} half-written {'line was' if damaged == 1 else 'lines were'} left out.")
-    kinds = Counter(str(event.get("kind", "?")) for event in run.events)
-    routine = {kind for kind, number in kinds.items() if number > 20 or kind in _ROUTINE}
-    rows = []
-    for event in run.events:
-        kind = str(event.get("kind", "?"))
-        if kind not in routine:
-            rest = {k: v for k, v in event.items() if k not in ("kind", "step", "tokens", "time")}
-            told = "; ".join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in rest.items())
-            words = (clock(event.get("time")), kind.replace("_", " "), told)
-            rows.append([_integer(event.get("step")), *map(escape, words)])
-    committed, begun = kinds["checkpoint_committed"], kinds["checkpoint_writing"]
-    if begun:
-        notes.append(f"{committed:,} of {begun:,} checkpoints begun were committed.")
-    often = [kind for kind in kinds if kind in routine - _ROUTINE]
-    notes += [f"{kinds[kind]:,} × {escape(kind.replace('_', ' '))}." for kind in often]
-    if len(rows) > _MOST_EVENTS:
-        notes.append(f"The last {_MOST_EVENTS} of {len(rows):,} events:")
-        rows = rows[-_MOST_EVENTS:]
-    text = f"<p>{' '.join(notes)}</p>" if notes else ""
-    rows_table = table(["step", "time (UTC)", "event", ""], rows, text=(1, 2, 3)) if rows else ""
-    return f"<h2>Events</h2>{text}{rows_table}" if text or rows_table else ""
-
-
 def _provenance(run: Run) -> str:
     model = run.info.get("model", {})
     facts = {"fingerprint": run.info.get("fingerprint"), "directory": run.directory.name}
@@ -324,10 +290,6 @@ def _device(devices: Any) -> tuple[str, str]:
         )
         return (f"{number} × {kind}" if number else str(kind), rest) if kind else (rest, "")
     return (str(devices) if devices else "–"), ""
-
-
-def _integer(value: Any) -> str:
-    return f"{int(value):,}" if isinstance(value, int | float) and math.isfinite(value) else "–"
 
 
 def _float(value: Any) -> float:

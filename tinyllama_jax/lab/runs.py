@@ -72,11 +72,19 @@ class Run:
         return list(_Lines(self.directory / "events.jsonl"))
 
     @cached_property
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """Where the run went back because too many steps in a row were skipped: {"from": step, "to": step}."""
+        found = self._optional("rollbacks.json").get("rollbacks")
+        return [back for back in found if isinstance(back, dict)] if isinstance(found, list) else []
+
+    @cached_property
     def baselines(self) -> dict[str, Any]:
         """{"fitted_on_tokens", "domains": {name: {"unigram", "bigram", "model"}}}; empty when not measured."""
-        path = self.directory / "baselines.json"
+        return self._optional("baselines.json")
+
+    def _optional(self, name: str) -> dict[str, Any]:
         try:
-            return _dictionary(json.loads(path.read_text(encoding="utf-8")))
+            return _dictionary(json.loads((self.directory / name).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
 

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: JSON lines, progress on stderr, TensorBoard and Weights & Biases if asked for.
+"""What a run leaves to be read: JSON lines, progress on stderr, and the views of adapters.py if asked for.
 
     metrics.jsonl      one line per step: step, tokens, loss, ...; whatever the clock decides is under `timing`
     validation.jsonl   one line per validation
@@ -6,30 +6,34 @@
     events.jsonl       what happened when, with the time of day; only ever appended to
 
 The first three are the truth about the run that the newest checkpoint continues: on resume they are cut back to its
-step, so that apart from `timing` they end up as if nothing had happened.  Every line is JSON as the standard has it:
+step, so that apart from `timing` they end up as if nothing had happened.  What was cut is counted in an event
+`cut_back`, because the steps done again are time lost (lab/goodput.py).  Every line is JSON as the standard has it:
 floats have as many digits as they need to be read back exactly, and NaN and the infinities are `null`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
 import os
-import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from tinyllama_jax.config import Run
-from tinyllama_jax.configio import to_dict
 from tinyllama_jax.errors import ConfigError
+from tinyllama_jax.lab.goodput import Goodput
 from tinyllama_jax.schedules import Plan
+from tinyllama_jax.train.adapters import adapters
 
+RECORDS = ("metrics", "validation", "samples")
 PLAIN_SECONDS = 10.0  # between progress lines when stderr is not a terminal
 
 
@@ -38,22 +42,29 @@ class Tracker:
 
     def __init__(self, run_dir: str | Path, run: Run, plan: Plan, *, resume_step: int):
         """Cuts the records back to `resume_step`; 0 empties them.  ConfigError when they cannot be written."""
-        run_dir = Path(run_dir)
-        for name in ("metrics", "validation", "samples"):
-            cut_back(run_dir / f"{name}.jsonl", resume_step)
-        self._metrics = _Lines(run_dir / "metrics.jsonl")
-        self._validation = _Lines(run_dir / "validation.jsonl")
-        self._samples = _Lines(run_dir / "samples.jsonl")
-        self._events = _Lines(run_dir / "events.jsonl")
+        self.directory, self._plan = Path(run_dir), plan
+        self._events = _Lines(self.directory / "events.jsonl")
+        seen = self._open(resume_step)
+        self._goodput = Goodput(read(self._events.path), read(self._metrics.path))
         self._progress = _Progress(plan, resume_step)
-        self._adapters: list[_Adapter] = []
-        if run.tracking.tensorboard:
-            self._adapters.append(_TensorBoard(run_dir / "tensorboard", plan.tokens_at(resume_step)))
-        if run.tracking.wandb_project:
-            self._adapters.append(_WandB(run_dir, run))
+        self._adapters = adapters(self.directory, run, plan, step=resume_step, seen=seen)
+
+    def _open(self, step: int) -> dict[str, int]:
+        """Opens the records, cut back to `step`; returns how far metrics and validation went before."""
+        cut = {name: cut_back(self.directory / f"{name}.jsonl", step) for name in RECORDS}
+        self._metrics, self._validation, self._samples = (_Lines(self.directory / f"{name}.jsonl") for name in RECORDS)
+        gone = cut["metrics"]
+        if gone.steps:
+            self.event("cut_back", step=step, steps=gone.steps, seconds=gone.seconds, until=gone.until)
+        return {"train": gone.last, "validation": cut["validation"].last}
 
     def step(self, record: dict) -> None:
-        """record: `step` and `tokens` count what is done; `loss`, `stage` and `timing.tokens_per_s` are shown."""
+        """record: `step` and `tokens` count what is done; `loss`, `stage` and `timing.tokens_per_s` are shown.
+
+        `timing.goodput` is added: the share of the time since the run was first started that trained.
+        """
+        if "step_s" in record.get("timing", {}):
+            record = record | {"timing": record["timing"] | {"goodput": self._goodput.share(time.time(), record)}}
         self._metrics.write(record)
         self._progress.step(record)
         for adapter in self._adapters:
@@ -67,12 +78,21 @@ class Tracker:
         for adapter in self._adapters:
             adapter.scalars("validation", record)
 
+    def alert(self, alert: dict) -> None:
+        """One of train/alerts.py: {"alert": kind, "step", "text", ...}, told wherever somebody may look."""
+        self.event("alert", **alert)
+        self._progress.line(f"alert: {alert['alert']}: {alert['text']}")
+        for adapter in self._adapters:
+            adapter.alert(alert | {"tokens": self._plan.tokens_at(alert["step"])})
+
     def sample(self, record: dict) -> None:
         self._samples.write(record)
 
     def event(self, kind: str, **fields) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self._events.write({"time": now, "kind": kind, **fields})
+        if kind == "start":
+            self._goodput.started(time.time() - fields.get("seconds", 0.0))
 
     def sync(self) -> None:
         """Returns when every line is on the disk, not only with the operating system."""
@@ -99,30 +119,65 @@ class Silence:
     def close(self) -> None: ...
 
 
-def cut_back(path: Path, step: int) -> None:
+@dataclass
+class Cut:
+    """What was cut off a file of records: how many, how long their steps took, and until when and where it went."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    until: float | None = None  # seconds since 1970
+    last: int = -1  # step of the last whole line, cut or not
+
+
+def cut_back(path: Path, step: int) -> Cut:
     """Keeps the lines up to and including `step`, or none if it is 0; by writing a new file and renaming it.
 
     A line that is not JSON, as a kill in the middle of a write leaves one, is dropped.
     """
+    cut = Cut()
     if not path.exists():
-        return
+        return cut
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(path, encoding="utf-8", errors="replace") as before, open(temporary, "w", encoding="utf-8") as after:
-            after.writelines(line for line in before if line.endswith("\n") and 0 < step and _step(line) <= step)
+            for line in before:
+                record = _record(line)
+                if record is None:
+                    continue
+                cut.last = max(cut.last, record["step"])
+                if 0 < step and record["step"] <= step:
+                    after.write(line)
+                    continue
+                timing = record.get("timing") or {}
+                cut.steps += 1
+                cut.seconds += timing.get("step_s") or 0.0
+                cut.until = timing.get("time") or cut.until
             after.flush()
             os.fsync(after.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
+    return cut
 
 
-def _step(line: str) -> float:
+def _record(line: str) -> dict | None:
+    """A whole line's record; None for what is none."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        record = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def read(path: Path) -> Iterator[dict]:
+    """The records of a file of JSON lines."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    yield record
 
 
 def _cannot_write(path: Path, error: OSError) -> ConfigError:
@@ -217,84 +272,3 @@ class _Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-class _Adapter:
-    """A view of the records elsewhere.  Its first failure ends it with one warning; training goes on."""
-
-    name = ""
-
-    def __init__(self, *arguments):
-        self._on = True
-        self._try(self.open, *arguments)
-
-    def scalars(self, prefix: str, record: dict) -> None:
-        self._try(self.write, {name: value for name, value in _flat(prefix, record)}, record)
-
-    def close(self) -> None:
-        self._try(self.finish)
-        self._on = False
-
-    def _try(self, function: Callable, *arguments) -> None:
-        if not self._on:
-            return
-        try:
-            function(*arguments)
-        except Exception as error:  # whatever it is: a tracker must not stop a run
-            self._on = False
-            print(f"{self.name} is off: {' '.join(str(error).split())[:200]}; metrics.jsonl goes on", file=sys.stderr)
-
-
-class _TensorBoard(_Adapter):
-    """Scalars over tokens."""
-
-    name = "TensorBoard"
-
-    def open(self, directory: Path, tokens: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        # purge_step: what a killed run wrote beyond its checkpoint is not shown
-        self._writer = SummaryWriter(str(directory), purge_step=tokens + 1)
-
-    def write(self, scalars: dict[str, float], record: dict) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, record["tokens"])
-
-    def finish(self) -> None:
-        self._writer.close()
-
-
-class _WandB(_Adapter):
-    """Weights & Biases; WANDB_MODE=offline keeps everything on this machine.  A resumed run continues its own page."""
-
-    name = "wandb"
-
-    def open(self, run_dir: Path, run: Run) -> None:
-        import wandb
-
-        mark = run_dir / "wandb_id"
-        if not mark.exists():
-            mark.write_text(secrets.token_hex(4))
-        self._run = wandb.init(
-            project=run.tracking.wandb_project,
-            dir=run_dir,
-            name=run.name,
-            id=mark.read_text(),
-            resume="allow",
-            config=to_dict(run),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
-    def write(self, scalars: dict[str, float], record: dict) -> None:
-        self._run.log({**scalars, "tokens": record["tokens"]}, step=record["step"])
-
-    def finish(self) -> None:
-        self._run.finish()
-
-
-def _flat(prefix: str, record: dict):
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from _flat(f"{prefix}/{name}", value)
-        elif name not in ("step", "tokens") and isinstance(value, (int, float)):
-            yield f"{prefix}/{name}", value
