@@ -138,9 +138,9 @@ def main() -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index, cluster_detection_method="deactivate")
     from jax._src import distributed
 
+    from tinyllama_jax.distributed import ALONE
     from tinyllama_jax.errors import CheckpointError
     from tinyllama_jax.train import checkpoint_files
-    from tinyllama_jax.train.agree import ALONE
     from tinyllama_jax.train.checkpoint import Checkpoints
 
     peers = Peers(distributed.global_state.client, index, count) if count > 1 else ALONE

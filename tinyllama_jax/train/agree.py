@@ -6,40 +6,11 @@ What is agreed goes through the coordination service (see `Peers`), so it works 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+from tinyllama_jax.distributed import Peers
 from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train import durable
-
-
-class Peers(Protocol):
-    """The processes of a run, as one of them sees them; each calls the same in the same order for each name."""
-
-    index: int
-    count: int
-    names: tuple[str, ...]
-
-    @property
-    def lead(self) -> bool: ...
-    def barrier(self, name: str, seconds: float) -> None: ...
-    def tell(self, name: str, value: Any = None) -> Any: ...
-    def gather(self, name: str, value: Any) -> list: ...
-
-
-class _Alone:
-    index, count, names, lead = 0, 1, ("process 0",), True
-
-    def barrier(self, name: str, seconds: float) -> None:
-        pass
-
-    def tell(self, name: str, value: Any = None) -> Any:
-        return value
-
-    def gather(self, name: str, value: Any) -> list:
-        return [value]
-
-
-ALONE = _Alone()
 
 
 def together(peers: Peers, name: str, seconds: float, work: Callable[[], Any]) -> list:

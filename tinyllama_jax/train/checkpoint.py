@@ -29,9 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyllama_jax.distributed import ALONE, Peers
 from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train import checkpoint_files, durable, fingerprint, named, restoring
-from tinyllama_jax.train.agree import ALONE, Peers, together
+from tinyllama_jax.train.agree import together
 from tinyllama_jax.train.places import Lone, place_of
 from tinyllama_jax.train.saving import Save, not_written
 

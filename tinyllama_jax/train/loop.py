@@ -31,6 +31,7 @@ from tinyllama_jax.schedules import Plan, learning_rate
 from tinyllama_jax.sharding import computing, make_mesh, place
 from tinyllama_jax.train import ballot, health, rollback, start, step, track
 from tinyllama_jax.train import state as train_state
+from tinyllama_jax.train.alerts import Alerts
 from tinyllama_jax.train.ballot import Wants
 from tinyllama_jax.train.checkpoint import Checkpoints
 from tinyllama_jax.train.notice import Notice
@@ -58,6 +59,7 @@ def train(
     with claimed:
         peers.tell("run directory claimed")
         with Notice(workdir) as stop, Watchdog(run.health.watchdog_seconds, peers) as watchdog:
+            began = start.process_began()
             while True:
                 rollbacks = peers.tell("rollbacks", rollback.read(workdir) if peers.lead else None)
                 try:
@@ -70,6 +72,7 @@ def train(
                         peers,
                         stop,
                         watchdog,
+                        began,
                     )
                     return
                 except rollback.TooManySkips as failed:
@@ -83,9 +86,10 @@ def train(
                             f"{failed.step} ({len(rollbacks) + 1} of health.max_rollbacks={run.health.max_rollbacks})"
                         )
                     peers.tell("rolled back")
+                    began = time.time()
 
 
-def _train(run, workdir, experiment, allow_config_change, progress, peers, stop, watchdog) -> None:
+def _train(run, workdir, experiment, allow_config_change, progress, peers, stop, watchdog, began) -> None:
     tracker = None
 
     def checkpoint_event(kind: str, at: int) -> None:
@@ -124,24 +128,37 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
         name, reason = attention.choose(run.execution.attention, attention.Call.of(run))
         target = train_state.abstract(run, mesh)
         watchdog.at("restoring", slow=True)
+        restoring = time.monotonic()
         done, state, how = start.begin(
             run, plan, store, order, checkpoints, target, mesh, peers, allow_config_change=allow_config_change
         )
+        restore_s = time.monotonic() - restoring if how.startswith("resumed") else 0.0
         if peers.lead:
             write_json(workdir / "run.json", start.describe(run, plan, store, mesh, experiment))
         tracker = track.Tracker(workdir, run, plan, resume_step=done) if peers.lead else track.Silence()
         try:
-            tracker.event("start", how=how, step=done)
+            tracker.event("start", how=how, step=done, seconds=time.time() - began, restore_s=restore_s)
             tracker.event("attention", implementation=name, reason=reason)
             start.say(f"attention: {name} ({reason})", peers)
             start.say(f"{workdir}: {how}; {plan.total_steps - done} steps to go", peers)
-            with checkpoints, contextlib.closing(pipeline.iterate(done, plan.total_steps)) as batches:
-                _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tracker, peers, stop, watchdog)
+            # One process traces its devices; a trace of every process would be the same picture many times.
+            tracking = run.tracking if peers.lead else replace(run.tracking, profile_steps=0)
+            with (
+                checkpoints,
+                contextlib.closing(pipeline.iterate(done, plan.total_steps)) as batches,
+                contextlib.closing(Profile(tracking, workdir / "profile")) as profile,
+            ):
+                _steps(
+                    *(run, plan, store, batches, order, mesh, state, done),
+                    *(checkpoints, tracker, profile, peers, stop, watchdog),
+                )
         finally:
             tracker.close()
 
 
-def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tracker, peers, stop, watchdog) -> None:
+def _steps(
+    run, plan, store, batches, order, mesh, state, done, checkpoints, tracker, profile, peers, stop, watchdog
+) -> None:
     """From `done` steps to the end of the plan."""
     train_step = ballot.with_wants(step.make_train_step(run), mesh, peers)
     rate = learning_rate(run.lr, plan)
@@ -159,7 +176,8 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
     room = run.model.context_tokens - max(map(len, prompts), default=0)
     if room < 1:  # better now than at the first stage's end
         raise ConfigError(f"evaluation.prompts: one fills the model's context of {run.model.context_tokens} tokens")
-    record = Record(run, plan, order)
+    describe = Record(run, plan, order)
+    alerts = Alerts(run.health, max_skips=run.optimizer.max_skips)
 
     def fetch() -> tuple[dict, float]:
         """The next batch on the devices, and the seconds that the data made us wait."""
@@ -179,7 +197,10 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
         decided = ballot.read(wants)
         now = time.perf_counter()
         watchdog.took(now - last)
-        tracker.step(record(index, metrics, rate, seconds=now - last, waited=waited, compiled=first))
+        record = describe(index, metrics, rate, seconds=now - last, waited=waited, compiled=first)
+        tracker.step(record)
+        for alert in alerts.step(record):
+            tracker.alert(alert)
         pending, last = None, now
         if metrics["consecutive_skips"] >= run.optimizer.max_skips:
             raise rollback.TooManySkips(index + 1, int(metrics["consecutive_skips"]))
@@ -188,18 +209,16 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
         before = time.perf_counter()
         watchdog.at(f"validation at step {at}", slow=True)
         domains = validator(state["params"])
+        seconds = time.perf_counter() - before
         tracker.validation(
-            {
-                "step": at,
-                "tokens": plan.tokens_at(at),
-                "domains": domains,
-                "timing": {"seconds": time.perf_counter() - before},
-            }
+            {"step": at, "tokens": plan.tokens_at(at), "domains": domains, "timing": {"seconds": seconds}}
         )
+        tracker.event("evaluated", step=at, seconds=seconds)
 
     def sample(at: int) -> None:
         if not prompts:
             return
+        before = time.perf_counter()
         watchdog.at(f"samples at step {at}", slow=True)
         answers = generate(
             state["params"],
@@ -216,8 +235,10 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
             # Decoded together: a continuation decoded alone loses the space that it may begin with.
             text = tokenizer.decode(ids + answer).removeprefix(prompt)
             tracker.sample({"step": at, "tokens": plan.tokens_at(at), "prompt": prompt, "text": text})
+        tracker.event("evaluated", step=at, seconds=time.perf_counter() - before)
 
     def write(at: int, permanent: bool, blocking: bool) -> None:
+        before = time.perf_counter()
         watchdog.at(f"saving step {at}", slow=True)
         tracker.sync()  # the lines up to this step are on disk before the checkpoint that vouches for them
         meta = {
@@ -233,6 +254,7 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
             "versions": start.versions(),
         }
         checkpoints.save(at, state, meta, permanent=permanent, blocking=blocking, tokenizer_files=tokenizer.files)
+        tracker.event("saved", step=at, seconds=time.perf_counter() - before)
 
     def warn(at: int, text: str) -> None:
         tracker.event("save_failed", step=at, error=text)
@@ -247,6 +269,7 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
     pending, last, decided = None, time.perf_counter(), Wants()
     if done == 0:
         validate(0)
+        last = time.perf_counter()
     batch, waited = fetch()
     compiled_shapes = set()
     for index in range(done, plan.total_steps):
@@ -256,7 +279,9 @@ def _steps(run, plan, store, batches, order, mesh, state, done, checkpoints, tra
         compiled_shapes.add(batch["tokens"].shape)
         watchdog.at(f"step {now}", slow=first)
         lr, number = place((np.float32(rate(tokens)), np.int32(index)), mesh)
+        last += profile.before(index - done)
         state, metrics, asked = train_step(state, batch, lr, number, wants)
+        last += profile.after(metrics)
         in_flight = (index, metrics, asked, waited, first)
         if now < plan.total_steps:
             batch, waited = fetch()

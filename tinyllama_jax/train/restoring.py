@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 
+from tinyllama_jax.distributed import Peers
 from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train import checkpoint_files, durable, fingerprint, named
-from tinyllama_jax.train.agree import Peers, together
+from tinyllama_jax.train.agree import together
 from tinyllama_jax.train.places import Bucket, Folder
 from tinyllama_jax.train.saving import FORMAT
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import jax
 
+from tinyllama_jax.distributed import Peers
 from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train import checkpoint_files, durable
-from tinyllama_jax.train.agree import Peers, together
+from tinyllama_jax.train.agree import together
 from tinyllama_jax.train.places import Bucket, Folder
 
 FORMAT = 2  # of meta.json and of what it describes

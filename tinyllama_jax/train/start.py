@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +33,15 @@ def say(text: str, peers: Peers = ALONE) -> None:
     """A line for the person at the terminal, from process 0; stdout is for results."""
     if peers.lead:
         print(text, file=sys.stderr, flush=True)
+
+
+def process_began() -> float:
+    """When this process began, in seconds since 1970: its imports are part of what a start costs."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, IndexError, ValueError):  # not Linux
+        return time.time()
 
 
 def checkpoint_directory(run: Run, workdir: Path) -> str | Path:
