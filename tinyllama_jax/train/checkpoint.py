@@ -120,8 +120,9 @@ class Checkpoints:
         """
         self.wait()
         leaves = {name: named.leaves(tree) for name, tree in items.items()}
-        prints = {name: fingerprint.begin(one) for name, one in leaves.items()}
         host = {name: checkpoint_files.on_host(one) for name, one in leaves.items()}
+        # Of what was given, not of the copies; begun after them, for on a CPU the two would share the memory's speed.
+        prints = {name: fingerprint.begin(one) for name, one in leaves.items()}
         meta = json.loads(json.dumps(meta))  # as it is now, and an error here rather than in the thread
         files = [Path(f) for f in tokenizer_files]
         save = Save(self._place, self._peers, self._barrier_seconds, self._on_event, step, host, prints)
