@@ -159,6 +159,8 @@ def test_a_run_that_is_killed_and_started_again(small_store, tmp_path):
     found = goodput(run.events, records)
     lost = found["lost"]
     assert lost["redone"] == again["seconds"] and lost["compile"] > 0 and lost["down"] >= 2.0
+    assert min(lost["start"], lost["restore"], lost["save"], lost["evaluate"]) > 0
+    assert lost["other"] < 0.1 * found["wall_s"], "nearly every second is accounted for"
     assert found["train_s"] + sum(lost.values()) == pytest.approx(found["wall_s"], rel=0.03)
     assert wall / 3 < found["wall_s"] < wall + 1.0, "all but loading programs before the first event"
     assert 0 < found["goodput"] < 1

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from tinyllama_jax import attention, configio, flops
-from tinyllama_jax.config import Execution, Run
+from tinyllama_jax.config import Execution, Run, replace
 from tinyllama_jax.data.durable import write_json
 from tinyllama_jax.data.pipeline import Pipeline
 from tinyllama_jax.distributed import ALONE, Peers
@@ -35,6 +35,7 @@ from tinyllama_jax.train.alerts import Alerts
 from tinyllama_jax.train.ballot import Wants
 from tinyllama_jax.train.checkpoint import Checkpoints
 from tinyllama_jax.train.notice import Notice
+from tinyllama_jax.train.profile import Profile
 from tinyllama_jax.train.record import Record
 from tinyllama_jax.train.save_policy import SaveFailed, Saver
 from tinyllama_jax.train.watchdog import Watchdog
