@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from hosts import free_port
 from launch_cases import CASES, render
+from many_hosts import lines, same_run, steps_done
 
 from tinyllama_jax.launch import slurm as renderer
 from tinyllama_jax.launch.job import Job
@@ -189,19 +192,58 @@ def test_items_are_prepared_by_an_array_and_finished_by_the_job_after_it(slurm, 
     assert alone == array and "manifest.json" in alone
 
 
-def test_an_experiment_is_submitted_on_two_nodes(slurm, tmp_path):
-    """That it trains there is tested with the processes' own machinery; here Slurm takes and starts it."""
-    address = f"127.0.0.1:{slurm.port}"
+# The demo's model, data and stages, shorter.
+SHORT = (
+    "curriculum.basic.tokens=122880",
+    "curriculum.continual.tokens=81920",
+    "curriculum.continual.ramp_tokens=40960",
+    "curriculum.cooldown.tokens=40960",
+    "evaluation.every_tokens=0",
+    "evaluation.sequences=8",
+    "evaluation.sample_tokens=8",
+    "checkpoint.temporary_steps=20",
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(the run by one process on one node, settings of both)."""
+    folder = tmp_path_factory.mktemp("one-node")
+    settings = (*SHORT, f"data.store={folder}/store")
+    sets = [word for s in settings for word in ("--set", s)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
+    command = [sys.executable, "-m", "tinyllama_jax", "train", "experiments.smoke:demo", "--workdir", folder / "run"]
+    done = subprocess.run([*command, *sets], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", sets
+
+
+@pytest.mark.parametrize("how", ["scontrol requeue", "scancel --signal"])
+def test_the_demo_on_two_nodes_is_interrupted_and_ends_as_on_one(slurm, undisturbed, tmp_path, how):
+    whole, sets = undisturbed
+    workdir = tmp_path / "run"
+    address = f"127.0.0.1:{free_port()}"  # the nodes' names do not resolve; all else the processes find out themselves
     value = launch(
         slurm,
-        *("experiments.smoke:tiny", "--on", "slurm", "--target", "cpu", "--nodes", "2", "--time", "10m"),
-        *("--workdir", tmp_path / "run", "--env", f"JAX_COORDINATOR_ADDRESS={address}", "--setup", SETUP[0]),
-        *("--experiment-path", ROOT, "--max-restarts", "0"),
+        *("experiments.smoke:demo", "--on", "slurm", "--target", "cpu", "--nodes", "2", "--time", "20m"),
+        *("--workdir", workdir, "--env", f"JAX_COORDINATOR_ADDRESS={address}", "--setup", SETUP[0]),
+        *("--experiment-path", ROOT, *sets),
     )
     job = value["job_id"]
     try:
-        slurm.wait(job, ("RUNNING", "COMPLETING", "COMPLETED", "FAILED"), seconds=60)
-        assert slurm.show(job)["NumNodes"] == "2" and slurm.show(job)["JobName"] == "tiny"
-        assert f"JAX_COORDINATOR_ADDRESS={address}" in Path(slurm.folder, value["file"]).read_text()
+        until(lambda: steps_done(workdir) >= 70 or slurm.states(job)[0] in ("FAILED", "COMPLETED"), 240)
+        assert slurm.states(job) == ["RUNNING"], slurm.log(job)
+        interrupt = ["scontrol", "requeue", job] if how == "scontrol requeue" else ["scancel", "--signal=TERM", job]
+        assert slurm.run(interrupt).returncode == 0
+        assert slurm.wait(job, seconds=300) == ["COMPLETED"], slurm.log(job)
+        log, shown = slurm.log(job), slurm.show(job)
     finally:
         slurm.run(["scancel", job])
+    assert shown["NumNodes"] == "2" and shown["Restarts"] == "1"
+    assert "stopped by SIGTERM at step" in log and "resumed at step" in log
+    starts = [event for event in lines(workdir / "events.jsonl") if event["kind"] == "start"]
+    stopped = [event for event in lines(workdir / "events.jsonl") if event["kind"] == "stopped"]
+    assert [event["step"] for event in starts] == [0, stopped[0]["step"]], "not a step is lost"
+    about = json.loads((workdir / "run.json").read_text())["devices"]
+    assert about["processes"] == 2 and about["count"] == 2
+    same_run(workdir, whole)

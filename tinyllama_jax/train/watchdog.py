@@ -50,7 +50,7 @@ class Watchdog:
             limit = max(limit, MEDIANS * statistics.median(self._steps))
         self._what, self._since, self._limit = what, now, limit
         if self.seconds:  # a thread below the interpreter's: also where the interpreter's lock is never given back
-            faulthandler.dump_traceback_later(limit + LAST_RESORT_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(limit + LAST_RESORT_SECONDS, exit=True, file=2)
 
     def took(self, seconds: float) -> None:
         """A step took so long."""
@@ -65,7 +65,7 @@ class Watchdog:
             last = now
             if now - self._since > self._limit:
                 text = f"hung: {self._what} for {now - self._since:.0f} s (health.watchdog_seconds={self.seconds:g})"
-                faulthandler.dump_traceback(all_threads=True)
+                faulthandler.dump_traceback(all_threads=True, file=2)
                 self.peers.fail(self.status, text)
                 me = f"{self.peers.names[self.peers.index]} " if self.peers.count > 1 else ""
                 print(f"tinyllama train: {me}{text}; stacks above, start again", file=sys.stderr, flush=True)
