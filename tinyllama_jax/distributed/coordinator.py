@@ -9,17 +9,24 @@ because its standard input closes), long enough for the others to find out who i
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
 
 
 def main() -> None:
+    # A scheduler tells every process of a job to stop, this one too: the others still need it to save together.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     address, processes, heartbeat, linger = sys.argv[1], *map(int, sys.argv[2:5])
     from jaxlib import _jax
 
     service = _jax.get_distributed_runtime_service(
-        address, processes, heartbeat_timeout=heartbeat, shutdown_timeout=heartbeat
+        # A scheduler tells every process of a job to stop, this one too: the others still need it to save together.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    address, processes, heartbeat_timeout=heartbeat, shutdown_timeout=heartbeat
     )
     print("ready", flush=True)
     goodbye = sys.stdin.readline().strip()  # "done" after an orderly end, nothing when process 0 has died
