@@ -5,14 +5,17 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from quick_experiment import quick
 
 from tinyllama_jax import config, sharding
 from tinyllama_jax.config import replace
 from tinyllama_jax.errors import ConfigError
+from tinyllama_jax.model.layers import linear
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.train import state as train_state
 from tinyllama_jax.train import step
@@ -155,3 +158,16 @@ def test_weights_of_the_layers_are_gathered_over_data_only():
     gathered = set(re.findall(r"= (\w+\[[\d,]*\])\S* all-gather\(", text))
     assert any(shape in gathered for shape in ("f32[32,32]", "f32[32,2,8]"))  # half of gate's columns, of the heads
     assert not {"f32[32,64]", "f32[64,32]", "f32[32,4,8]", "f32[4,8,32]"} & gathered, gathered
+
+
+def test_gradients_cross_replicas_in_parts():
+    """Reduce-scattered over `data` first; of the layers' matrices only quarters are summed over `replica`."""
+    mesh = mesh_of((2, 4, 1, 1))
+    with jax.set_mesh(mesh):
+        w = jax.device_put(np.ones((8, 16), np.float32), NamedSharding(mesh, P("data", None)))
+        x = jax.device_put(np.ones((8, 3, 8), np.float32), sharding.batch_sharding(mesh, 3))
+        gradient = jax.jit(jax.grad(lambda w: jnp.sum(linear(x, w) ** 2)))
+        text = gradient.lower(w).compile().as_text()
+        np.testing.assert_allclose(gradient(w), np.full((8, 16), 2 * 8.0 * 8 * 3))
+    assert re.search(r"f32\[2,16\]\S* reduce-scatter\(", text)
+    assert set(re.findall(r"= (\S+?)\{\S* all-reduce\(", text)) == {"f32[2,16]"}, text

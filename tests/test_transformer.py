@@ -126,10 +126,11 @@ def kept_for_backward(remat, mesh):
         return [jax.typeof(leaf) for leaf in jax.tree.leaves(jax.jit(run)(params))]
 
 
+@pytest.mark.parametrize("replica", [1, 2])
 @pytest.mark.parametrize("remat", REMAT)
-def test_gathered_weights_are_not_kept(remat):
+def test_gathered_weights_are_not_kept(remat, replica):
     whole = {leaf.shape for leaf in jax.tree.leaves(weights(CFG)["layers"]) if leaf.ndim > 2}
-    kept = kept_for_backward(remat, sharding.make_mesh(config.Mesh()))
+    kept = kept_for_backward(remat, sharding.make_mesh(config.Mesh(replica=replica)))
     stacked = [leaf for leaf in kept if leaf.shape in whole]
     assert stacked  # the weights themselves, in parts
     assert all("data" in leaf.sharding.spec for leaf in stacked)

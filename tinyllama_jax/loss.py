@@ -85,8 +85,7 @@ class _Layout(NamedTuple):
 
 def _layout(x_BTD: jax.Array) -> _Layout:
     rows, tokens = jax.typeof(x_BTD).sharding.spec[:2]
-    axes = (() if rows is None else (rows,) if isinstance(rows, str) else tuple(rows)) + ((tokens,) if tokens else ())
-    return _Layout(P(rows, tokens, None), P(rows, tokens), axes)
+    return _Layout(P(rows, tokens, None), P(rows, tokens), sharding.axes_of(rows, tokens))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -16,6 +16,7 @@ programs for meshes without them are those of a mesh (replica, data).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from tinyllama_jax import config
 from tinyllama_jax.errors import ConfigError
 
 AXES = ("replica", "data", "context", "tensor")
-CONTEXT, TENSOR = "context", "tensor"
+FSDP, CONTEXT, TENSOR = "data", "context", "tensor"
 BATCH = ("replica", "data")  # specs are compared literally, axes of size 1 included: use this constant everywhere
 
 BatchAxes = str | tuple[str, ...] | None
@@ -204,6 +205,11 @@ def token_axis(x: jax.Array) -> str | None:
     return jax.typeof(x).sharding.spec[1]
 
 
+def axes_of(*entries: BatchAxes) -> tuple[str, ...]:
+    """The mesh axes that these entries of a spec name, one after the other."""
+    return tuple(a for entry in entries if entry for a in ((entry,) if isinstance(entry, str) else entry))
+
+
 def parts(axis: str | None) -> int:
     """Size of one axis of the mesh in use; 1 for None, and for an axis that it does not have."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
@@ -225,11 +231,14 @@ def _regroup(x, cut: tuple[int, int], axis: int):
     return x.reshape(*x.shape[:axis], *cut, *x.shape[axis + 1 :]).swapaxes(axis, axis + 1).reshape(x.shape)
 
 
-def gather(x: jax.Array) -> jax.Array:
+def gather(x: jax.Array, over: tuple[str, ...] = ()) -> jax.Array:
     """A weight whole but for its share of `tensor`: FSDP's all-gather before use.
 
-    Its transpose is the gradient's reduce-scatter.
+    Its transpose is the gradient's reduce-scatter.  over: the mesh axes over which what the weight is multiplied with
+    lies, and its gradient is summed.  Where these are more than `data`, XLA would sum whole gradients over all devices
+    at once; told of them, each device gets the sum of its part over `data`, and only parts cross the other axes.
     """
+<<<<<<< HEAD
     return reshard(x, P(*(axis if axis == TENSOR else None for axis in jax.typeof(x).sharding.spec)))
 
 
@@ -245,3 +254,30 @@ def place(tree: Any, mesh: DeviceMesh, spec: P | None = None) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree)
+=======
+    spec = jax.typeof(x).sharding.spec
+    if FSDP in spec and FSDP in over and any(parts(axis) > 1 for axis in over if axis != FSDP):
+        return _gather_in_parts(x, spec, over)
+    return reshard(x, whole_but_for_tensor(spec))
+
+
+def whole_but_for_tensor(spec: P, **sums: set[str]) -> P:
+    return P(*(axis if axis == TENSOR else None for axis in spec), **sums)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_in_parts(x: jax.Array, spec: P, over: tuple[str, ...]) -> jax.Array:
+    return reshard(x, whole_but_for_tensor(spec, reduced=set(over)))  # so that its cotangent is not summed yet
+
+
+def _scatter(spec: P, over: tuple[str, ...], _, gradient: jax.Array) -> tuple[jax.Array]:
+    def local(gradient):
+        part = jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=list(spec).index(FSDP), tiled=True)
+        return jax.lax.psum(part, tuple(axis for axis in over if axis != FSDP))
+
+    unsummed = whole_but_for_tensor(spec, unreduced=set(over))
+    return (jax.shard_map(local, in_specs=(unsummed,), out_specs=spec)(gradient),)
+
+
+_gather_in_parts.defvjp(lambda x, spec, over: (_gather_in_parts(x, spec, over), None), _scatter)
+>>>>>>> mesh

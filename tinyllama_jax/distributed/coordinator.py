@@ -23,10 +23,7 @@ def main() -> None:
     from jaxlib import _jax
 
     service = _jax.get_distributed_runtime_service(
-        # A scheduler tells every process of a job to stop, this one too: the others still need it to save together.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    address, processes, heartbeat_timeout=heartbeat, shutdown_timeout=heartbeat
+        address, processes, heartbeat_timeout=heartbeat, shutdown_timeout=heartbeat
     )
     print("ready", flush=True)
     goodbye = sys.stdin.readline().strip()  # "done" after an orderly end, nothing when process 0 has died

@@ -37,8 +37,8 @@ def linear(x_BT: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     They stay two where both are split, for no device has a run of the one axis then.
     """
     (rows, tokens, *features), (B, T) = jax.typeof(x_BT).sharding.spec, x_BT.shape[:2]
-    weight = whole(weight, x_BT.dtype)
-    outputs = jax.typeof(weight).sharding.spec[inputs:]
+    outputs = sharding.whole_but_for_tensor(jax.typeof(weight).sharding.spec)[inputs:]
+    weight = sharding.gather(weight.astype(x_BT.dtype), sharding.axes_of(rows, tokens))
     if tokens is not None:
         return _contract(x_BT, weight, inputs, P(rows, tokens, *outputs))
     x_N = jnp.reshape(x_BT, (B * T, *x_BT.shape[2:]), out_sharding=P(rows, *features))

@@ -73,11 +73,18 @@ def _is_attention(primitive: Any, *args: Any, **params: Any) -> bool:
     return named(primitive, *args, **params) or primitive.name.startswith(attention.CUDNN_FORWARD)
 
 
+def _is_gather(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether a value is a weight that `sharding.gather` made whole: a reshard, or one with a transpose of its own."""
+    inner = params.get("call_jaxpr")
+    only = [] if inner is None else [eqn.primitive.name for eqn in getattr(inner, "jaxpr", inner).eqns]
+    return primitive.name == "reshard" or only == ["reshard"]
+
+
 def _remat(body: Callable, kind: str, prevent_cse: bool) -> Callable:
     """`body` under a policy that says which of its values the backward pass keeps; the rest it computes again."""
     dots = policies.dots_with_no_batch_dims_saveable  # products with weights, not attention scores
     policy = {
-        "none": lambda primitive, *_, **__: primitive.name != "reshard",  # everything but gathered weights
+        "none": lambda *args, **params: not _is_gather(*args, **params),
         "full": policies.nothing_saveable,
         "save_dots": dots,
         "save_dots_and_attention": policies.save_from_both_policies(dots, _is_attention),
