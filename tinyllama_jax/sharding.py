@@ -238,23 +238,6 @@ def gather(x: jax.Array, over: tuple[str, ...] = ()) -> jax.Array:
     lies, and its gradient is summed.  Where these are more than `data`, XLA would sum whole gradients over all devices
     at once; told of them, each device gets the sum of its part over `data`, and only parts cross the other axes.
     """
-<<<<<<< HEAD
-    return reshard(x, P(*(axis if axis == TENSOR else None for axis in jax.typeof(x).sharding.spec)))
-
-
-def place(tree: Any, mesh: DeviceMesh, spec: P | None = None) -> Any:
-    """Host arrays, the same in every process, as global arrays on `mesh`: replicated, or as `spec` says.
-
-    `jax.device_put` would do it with one process; with several it first compares the values over the network.
-    """
-
-    def one(x: Any) -> jax.Array:
-        x = np.asarray(x)
-        sharding = NamedSharding(mesh, P(*[None] * x.ndim) if spec is None else spec)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(one, tree)
-=======
     spec = jax.typeof(x).sharding.spec
     if FSDP in spec and FSDP in over and any(parts(axis) > 1 for axis in over if axis != FSDP):
         return _gather_in_parts(x, spec, over)
@@ -280,4 +263,17 @@ def _scatter(spec: P, over: tuple[str, ...], _, gradient: jax.Array) -> tuple[ja
 
 
 _gather_in_parts.defvjp(lambda x, spec, over: (_gather_in_parts(x, spec, over), None), _scatter)
->>>>>>> mesh
+
+
+def place(tree: Any, mesh: DeviceMesh, spec: P | None = None) -> Any:
+    """Host arrays, the same in every process, as global arrays on `mesh`: replicated, or as `spec` says.
+
+    `jax.device_put` would do it with one process; with several it first compares the values over the network.
+    """
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        sharding = NamedSharding(mesh, P(*[None] * x.ndim) if spec is None else spec)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)

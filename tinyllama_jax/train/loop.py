@@ -28,7 +28,7 @@ from tinyllama_jax.evaluate.loss import Validator, held_out
 from tinyllama_jax.generate.load import prompt_tokens
 from tinyllama_jax.generate.sample import generate
 from tinyllama_jax.schedules import Plan, learning_rate
-from tinyllama_jax.sharding import computing, make_mesh, place
+from tinyllama_jax.sharding import computing, make_mesh, place, row_share
 from tinyllama_jax.train import ballot, health, rollback, start, step, track
 from tinyllama_jax.train import state as train_state
 from tinyllama_jax.train.alerts import Alerts
@@ -107,21 +107,22 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
     )
     watchdog.at("preparing the data", slow=True)
     store = start.open_store(run, progress, peers)
+    mesh = make_mesh(run.mesh)
+    step.check_batches(run, plan, mesh)
+    share, shares = row_share(mesh, peers.index)
     pipeline = Pipeline(
         store,
         run.data,
         plan,
         run.seed,
         vocab_size=run.model.vocab_size,
-        process_index=peers.index,
-        process_count=peers.count,
+        process_index=share,
+        process_count=shares,
     )
     order = pipeline.order
     if start.is_finished(run, plan, store, order, checkpoints, allow_config_change=allow_config_change):
         start.say(f"{workdir}: finished at step {plan.total_steps}; nothing left to do", peers)
         return
-    mesh = make_mesh(run.mesh)
-    step.check_batches(run, plan, mesh)
     # Weights and two moments in float32; a new checkpoint is complete before the one it replaces is removed.
     if peers.lead and not run.checkpoint.directory:
         health.check_space(workdir, 2 * 3 * 4 * flops.parameter_counts(run.model)["total"])
