@@ -1,12 +1,13 @@
 """Processes that find each other, speak, and notice who is missing: real ones, on this machine."""
 
 import signal
+import socket
 import time
 
 import pytest
-from hosts import Hosts, meeting, program
+from hosts import Hosts, free_port, meeting, program
 
-from tinyllama_jax.distributed import ALONE, place
+from tinyllama_jax.distributed import ALONE, Place, _start_service, place
 from tinyllama_jax.errors import ConfigError
 
 JOINED = """
@@ -212,13 +213,29 @@ def test_a_stopped_process_is_noticed_like_a_dead_one():
 
 
 def test_a_taken_port_is_one_line():
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        where = meeting(0, 2, f"127.0.0.1:{port}") | {"JAX_COORDINATOR_BIND_ADDRESS": f"0.0.0.0:{port}"}
-        with Hosts(1, program(TALK), environment=lambda i, address: where) as hosts:
-            assert hosts.wait(60) == [78]
-            assert "is the port taken?" in hosts.said(0)
+        address = f"[::]:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="somebody listens there already; is the port taken"):
+            _start_service(Place(address, 2, 0, None, "test"), peer_seconds=-1000)  # without patience
+
+
+AGAIN = (
+    JOINED
+    + """
+def body(peers):
+    peers.barrier("begin", 60)
+    print("BEGUN", peers.gather("who", sys.argv[1]), flush=True)
+    raise DataError("once more")
+main(body)
+"""
+)
+
+
+def test_a_run_that_starts_again_at_once_meets_itself_and_not_the_run_before():
+    address = f"127.0.0.1:{free_port()}"
+    for turn in ("first", "second", "third"):
+        with Hosts(2, [*program(AGAIN), turn], environment=lambda i, _: meeting(i, 2, address)) as hosts:
+            assert hosts.wait(100) == [78, 78]
+            assert all(f"BEGUN ['{turn}', '{turn}']" in hosts.said(i) for i in range(2)), hosts.said(0)

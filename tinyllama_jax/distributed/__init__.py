@@ -124,9 +124,7 @@ def joined(where: Place | None, *, peer_seconds: float) -> Iterator[Peers]:
     link.close()
     jax.distributed.shutdown()
     if service is not None:
-        with contextlib.suppress(OSError):
-            service.stdin.write("done\n")
-            service.stdin.close()
+        service.stdin.close()  # it leaves when this process, the last to hold a connection, has ended
 
 
 def _ended(error: BaseException, peers: Peers) -> BaseException:
@@ -166,7 +164,7 @@ def _patience(peer_seconds: float) -> int:
 def _start_service(where: Place, peer_seconds: float) -> subprocess.Popen:
     port = where.coordinator.rpartition(":")[2]
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", f"[::]:{port}")
-    linger = str(int(peer_seconds) + 2 * CLOSE_SECONDS)
+    linger = str(int(peer_seconds) + 2 * CLOSE_SECONDS)  # until the others have noticed, and a little more
     command = [
         sys.executable,
         "-m",
