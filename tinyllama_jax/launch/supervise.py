@@ -111,6 +111,7 @@ class Supervisor:
         self.say = say or (lambda text: print(f"supervise: {text}", file=sys.stderr, flush=True))
         self.asked = threading.Event()  # to stop, by a signal to this process
         self.child: subprocess.Popen | None = None
+        self.telling: list[subprocess.Popen] = []  # calls of scancel
         self.job = slurm_job() if on == "slurm" else ""
         self.counts = self._read()
 
@@ -140,6 +141,8 @@ class Supervisor:
             self._pass_on(signal.SIGTERM)
         first = _relay(self.child.stderr) if step else None
         status = self.child.wait()
+        while self.telling:  # scancel tries again and again, and would find the job's next start
+            self.telling.pop().kill()
         status = 128 - status if status < 0 else status
         return status if first is None or not status else first
 
@@ -207,7 +210,8 @@ class Supervisor:
             # ends the job, they were told already, and are told again, which changes nothing.
             name = signal.Signals(number).name.removeprefix("SIG")
             with contextlib.suppress(OSError):
-                subprocess.Popen(["scancel", f"--signal={'TERM' if name == 'INT' else name}", self.job])
+                tell = ["scancel", f"--signal={'TERM' if name == 'INT' else name}", self.job]
+                self.telling.append(subprocess.Popen(tell))
             return
         with contextlib.suppress(ProcessLookupError):
             self.child.send_signal(number)
