@@ -3,9 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from hosts import Hosts, free_port
@@ -70,8 +73,6 @@ def test_two_and_four_processes_hand_a_run_to_each_other(small_store, whole, tmp
 
 def test_what_one_process_cannot_do_ends_all_with_its_status(small_store, tmp_path):
     """Damage that only the second half of the rows meets."""
-    import shutil
-
     store = tmp_path / "store"
     shutil.copytree(small_store, store)
     for path in sorted(store.rglob("*.bin")):
@@ -102,6 +103,10 @@ def two_hosts():
     ip("netns", "add", names[1])
     ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
     for i, name in enumerate(names):
+        # Each host's name leads to its own address, as on a network; `ip netns exec` lays this file over /etc/hosts.
+        hosts = Path("/etc/netns") / name / "hosts"
+        hosts.parent.mkdir(parents=True)
+        hosts.write_text(f"127.0.0.1 localhost\n10.77.0.{i + 1} {socket.gethostname()}\n")
         ip("link", "set", name, "netns", name)
         ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", name)
         ip("-n", name, "link", "set", name, "up")
@@ -109,6 +114,7 @@ def two_hosts():
     yield names
     for name in names:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        shutil.rmtree(Path("/etc/netns") / name)
 
 
 def test_two_hosts_whose_network_is_cut_end_in_time_save_nothing_wrong_and_go_on(

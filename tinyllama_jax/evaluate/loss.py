@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.data.pipeline import valid_targets
 from tinyllama_jax.data.store import TokenStore, Windows
+from tinyllama_jax.distributed import ALONE, Peers
+from tinyllama_jax.distributed.together import compiled_together
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.loss import cross_entropy
 from tinyllama_jax.model import transformer
-from tinyllama_jax.sharding import striped, token_sharding
+from tinyllama_jax.sharding import place, striped, token_sharding
 
 HeldOut = dict[str, Windows]  # by domain
 
@@ -54,6 +56,8 @@ class Validator:
         *,
         batch_sequences: int,
         document_masking: bool,
+        peers: Peers = ALONE,
+        barrier_seconds: float = 900.0,
     ):
         shards = mesh.shape["replica"] * mesh.shape["data"]
         self.rows = -(-batch_sequences // shards) * shards  # whole rows on every device; the rest is padding
@@ -70,7 +74,7 @@ class Validator:
                 chunk_tokens=execution.loss_chunk_tokens,
             )
 
-        self.batch_loss = jax.jit(batch_loss)
+        self.batch_loss = compiled_together(jax.jit(batch_loss), peers, "validation", barrier_seconds)
 
     def __call__(self, params: Any) -> dict[str, dict[str, float]]:
         """{domain: {loss (nats per token), bits_per_byte, tokens, bytes}}."""
@@ -78,7 +82,7 @@ class Validator:
 
     def _measure(self, params: Any, windows: Windows) -> dict[str, float]:
         nll, tokens, size = 0.0, 0, 0
-        sharding, context = token_sharding(self.mesh), self.mesh.shape["context"]
+        spec, context = token_sharding(self.mesh).spec, self.mesh.shape["context"]
         for start in range(0, len(windows.tokens_NT), self.rows):
             rows = Windows(*(array[start : start + self.rows] for array in windows))
             window_BW, documents_BW, _ = rows
@@ -92,9 +96,7 @@ class Validator:
                 "valid": np.pad(valid_BT, padding),
                 **({"documents": documents_BW[:, :-1]} if self.document_masking else {}),
             }
-            batch = {
-                name: jax.device_put(np.ascontiguousarray(striped(x, context)), sharding) for name, x in batch.items()
-            }
+            batch = {name: place(striped(x, context), self.mesh, spec) for name, x in batch.items()}
             batch_nll, batch_tokens = self.batch_loss(params, batch)
             nll, tokens = nll + float(batch_nll), tokens + int(batch_tokens)
         return {

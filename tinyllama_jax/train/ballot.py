@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.distributed import Peers
+from tinyllama_jax.distributed.together import compiled_together
 
 
 class Wants(NamedTuple):
@@ -26,7 +27,7 @@ class Wants(NamedTuple):
     failed: bool = False  # the last save failed in the background
 
 
-def with_wants(train_step: Callable, mesh: Mesh, peers: Peers) -> Callable:
+def with_wants(train_step: Callable, mesh: Mesh, peers: Peers, barrier_seconds: float) -> Callable:
     """(state, batch, lr, step, wants()) -> (state, metrics, asked), where `read(asked)` is what any process wanted.
 
     With one process nothing is added to the step, and nothing is asked for.
@@ -41,7 +42,7 @@ def with_wants(train_step: Callable, mesh: Mesh, peers: Peers) -> Callable:
     def together(state: Any, batch: Any, lr: jax.Array, step: jax.Array, wants_DW: jax.Array):
         return *train_step(state, batch, lr, step), jnp.max(wants_DW, axis=0)
 
-    compiled = jax.jit(together, donate_argnums=0)
+    compiled = compiled_together(jax.jit(together, donate_argnums=0), peers, "step", barrier_seconds)
     by_device = NamedSharding(mesh, P(tuple(mesh.axis_names), None))
     mine = sum(device.process_index == peers.index for device in mesh.devices.flat)
 

@@ -162,7 +162,7 @@ def _steps(
     run, plan, store, batches, order, mesh, state, done, checkpoints, tracker, profile, peers, stop, watchdog
 ) -> None:
     """From `done` steps to the end of the plan."""
-    train_step = ballot.with_wants(step.make_train_step(run), mesh, peers)
+    train_step = ballot.with_wants(step.make_train_step(run), mesh, peers, run.checkpoint.barrier_seconds)
     rate = learning_rate(run.lr, plan)
     tokenizer = store.tokenizer()
     validator = Validator(
@@ -173,6 +173,8 @@ def _steps(
         mesh,
         batch_sequences=run.evaluation.batch_sequences,
         document_masking=run.data.document_masking,
+        peers=peers,
+        barrier_seconds=run.checkpoint.barrier_seconds,
     )
     prompts = [prompt_tokens(tokenizer, store.manifest["document_marks"], p) for p in run.evaluation.prompts]
     room = run.model.context_tokens - max(map(len, prompts), default=0)
