@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from experiments import smoke, tinyllama
+from tinyllama_jax import mesh_rules
 from tinyllama_jax.config import Execution, Mesh, Run, replace
 from tinyllama_jax.preflight import step, targets, traffic
 from tinyllama_jax.preflight.worker import Worker
@@ -61,7 +62,7 @@ def compiled(run: Run, target: str) -> tuple[dict[str, int], dict[str, dict], in
 @pytest.mark.parametrize("mesh", [Mesh(data=64), Mesh(replica=4, data=16), Mesh(data=1, replica=-1)], ids=str)
 def test_the_estimate_counts_what_is_derived_here(mesh):
     run = v1_0(mesh, 512, "save_dots_and_attention")
-    sizes = traffic.mesh_sizes(mesh, 64)
+    sizes = mesh_rules.sizes(mesh, 64)
     formula = Formula(run, 2, 2)
     counted = dict.fromkeys(KINDS, 0)
     for collective in traffic.per_step(run, sizes, 8, 2):

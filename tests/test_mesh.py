@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick_experiment import quick
 
-from tinyllama_jax import config, sharding
+from tinyllama_jax import config, mesh_rules, sharding
 from tinyllama_jax.config import replace
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.model.layers import linear
@@ -143,7 +143,7 @@ def test_what_a_mesh_cannot_cut_is_refused_before_anything_is_compiled(mesh, cha
         run = replace(run, data=replace(run.data, sequence_tokens=31), curriculum=(stage,))
     plan = Plan(run.curriculum, run.data.sequence_tokens)
     with pytest.raises(ConfigError, match=words) as error:
-        step.check_batches(run, plan, sharding.make_mesh(config.Mesh(**mesh)))
+        mesh_rules.check(run, plan.stages, sharding.make_mesh(config.Mesh(**mesh)).shape)
     assert "\n" not in str(error.value)
 
 
