@@ -106,7 +106,11 @@ def test_optimizer_state_lies_as_the_weights():
     assert gate.addressable_shards[0].data.size == gate.size // 4
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 1), (1, 4, 1, 1), (1, 2, 1, 4), (1, 4, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (1, 2, 1, 1), (1, 4, 1, 1), (1, 2, 1, 4), (1, 4, 1, 2), (1, 2, 4, 1), (2, 1, 2, 2)],
+    ids=str,
+)
 def test_a_checkpoint_goes_on_over_another_mesh(tmp_path, shape):
     """Saved by eight devices of FSDP: the same weights bit for bit, and the same next losses."""
     settings = dict(masking=True, kv_heads=4)  # four of everything that `tensor` must divide
