@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import importlib
+import math
 import os
 import statistics
 import sys
@@ -30,7 +31,7 @@ import jax
 import numpy as np
 from lines import ROOT, emit, isolated, origin, spread
 
-from tinyllama_jax import attention, configio, flops
+from tinyllama_jax import attention, configio, flops, mesh_rules
 from tinyllama_jax.config import Run
 from tinyllama_jax.errors import ConfigError, UsageError, UserError
 from tinyllama_jax.schedules import Plan
@@ -86,13 +87,13 @@ def measure(run: Run, steps: int) -> dict:
     """
     jax.config.update("jax_enable_compilation_cache", False)
     # A mesh of stated size takes so many devices; with -1 it takes all.
-    stated = run.mesh.replica * run.mesh.data
-    mesh = make_mesh(run.mesh, jax.devices()[:stated] if -1 not in (run.mesh.replica, run.mesh.data) else None)
+    stated = [getattr(run.mesh, axis) for axis in mesh_rules.AXES]
+    mesh = make_mesh(run.mesh, None if -1 in stated else jax.devices()[: math.prod(stated)])
     length = run.data.sequence_tokens
     plan = Plan(run.curriculum, length)
-    train_step.check_batches(run, plan, mesh)
+    mesh_rules.check(run, plan.stages, mesh.shape)
     sequences = plan.stages[0].batch_sequences
-    accumulation = train_step.accumulation_steps(run, sequences)
+    accumulation = mesh_rules.accumulation_steps(run, sequences)
     batch = batch_of(run, sequences)
     with computing(mesh, run.model.compute_dtype):
         chosen, _ = attention.choose(run.execution.attention, attention.Call.of(run))

@@ -1,5 +1,6 @@
 """Single flipped bits, and what else can happen to files: each is noticed, and the step before is used."""
 
+import math
 import os
 import random
 import shutil
@@ -116,6 +117,23 @@ def test_truncated_emptied_and_deleted_files(directory, capfd, part, damage):
     step, items, _ = Checkpoints(directory, keep_temporary=2).restore(targets(mesh, state(mesh, 0)))
     assert step == 10 and same(items, state(mesh, 10))
     assert file.name in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 1), (1, 4, 1, 2), (1, 2, 1, 4), (1, 2, 2, 2), (2, 1, 2, 2)], ids=str)
+def test_saved_on_eight_devices_restored_over_tensor_and_context(directory, shape):
+    """Other axes cut the arrays elsewhere than they were cut when they were saved."""
+    devices = jax.devices()[: math.prod(shape)]
+    mesh = jax.make_mesh(shape, ("replica", "data", "context", "tensor"), devices=devices)
+    specs = {"layers": {"q": P(None, "data", "tensor")}, "embed": P("tensor", "data"), "half": P("data"), "count": P()}
+    saved = state(make_mesh(1, 8), 20)
+    wanted = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        saved,
+        {"params": specs},
+    )
+    step, items, _ = Checkpoints(directory, keep_temporary=2).restore(wanted)
+    assert step == 20 and same(items, saved)
+    jax.tree.map(lambda got, want: np.testing.assert_equal(got.sharding, want.sharding), items, wanted)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 2), (2, 4), (1, 8)])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import smoke, tinyllama
-from tinyllama_jax import configio
-from tinyllama_jax.config import Run
+from experiments import context, smoke, tinyllama
+from tinyllama_jax import configio, mesh_rules
+from tinyllama_jax.config import Run, replace
 from tinyllama_jax.schedules import Plan, learning_rate, mixture_at
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -16,6 +16,7 @@ EXPERIMENTS = {
     f"{module.__name__}:{name}": getattr(module, name)
     for module, names in (
         (smoke, ("demo", "tiny")),
+        (context, ("long_8k", "long_16k", "long_32k")),
         (tinyllama, ("v1_0", "v1_0_as_run", "v1_1", "v1_1_math_code", "v1_1_chinese", "tinyllama_120m")),
     )
     for name in names
@@ -23,7 +24,7 @@ EXPERIMENTS = {
 
 
 def test_every_public_function_of_the_modules_is_listed():
-    for module in (smoke, tinyllama):
+    for module in (smoke, context, tinyllama):
         public = {
             f"{module.__name__}:{name}"
             for name, value in vars(module).items()
@@ -85,6 +86,22 @@ def test_v1_1_siblings_share_the_first_stage_and_ramp_their_domains_in():
     )
     chinese = Plan(tinyllama.v1_1_chinese().curriculum, 2048)
     assert mixture_at(chinese, plan.total_tokens) == pytest.approx({"slimpajama": 0.5, "skypile": 0.5})
+
+
+@pytest.mark.parametrize("tokens", [8192, 16_384, 32_768])
+def test_long_contexts_differ_in_length_and_theta_only(tokens):
+    run, base = getattr(context, f"long_{tokens // 1024}k")(), tinyllama.v1_0()
+    assert run.data.sequence_tokens == run.model.context_tokens == tokens
+    assert run.model.rope.theta > 10_000 and run.data.document_masking
+    plain = replace(run.model, rope=base.model.rope, context_tokens=base.model.context_tokens)
+    assert plain == base.model
+    [stage] = Plan(run.curriculum, tokens).stages
+    assert stage.batch_tokens == base.curriculum[0].batch_tokens  # the same optimizer steps, so that curves compare
+    assert run.mesh.context == tokens // 4096  # 4096 tokens of each row on a device
+    sizes = mesh_rules.sizes(run.mesh, 16)
+    mesh_rules.check(run, [stage], sizes)
+    rows = mesh_rules.rows_per_place(run, stage, sizes)
+    assert rows * tokens // run.mesh.context == 16_384  # of a device at a time, as v1_0's 8 sequences of 2048
 
 
 def test_the_small_run_for_tests_crosses_what_it_should():

@@ -15,6 +15,7 @@ from launch_schemas import JOBSET, KUEUE, SKY
 
 from tinyllama_jax.cli import main
 from tinyllama_jax.launch import gke
+from tinyllama_jax.preflight import money
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -172,7 +173,7 @@ REFUSALS = [
     (["--on", "slurm", "--time", "2 hours"], 2, "--time 2 hours: write it as 90m, 24h or 7d"),
     (["--on", "slurm", "--time", "2m"], 78, "a time limit of 120 s leaves nothing beside 120 s of grace"),
     (["--on", "slurm", "--nodes", "0"], 2, "--nodes 0: must be 1 or more"),
-    (["--on", "slurm", "--nodes", "3"], 78, "tiny, stage 'basic': 8 sequences at a time cannot be shared out among"),
+    (["--on", "slurm", "--nodes", "3"], 78, "tiny: stage 'basic': a micro-batch of 8 sequences cannot be spread over"),
     (["--on", "slurm", "--target", "a100-40g:2x8", "--nodes", "3"], 2, "name two numbers of machines; leave one out"),
     (["--on", "slurm", "--target", "a1000"], 2, "--target a1000: not a target"),
     (["--on", "tpu", "--target", "v4:2x2x2", "--nodes", "3"], 2, "--nodes 3: v4:2x2x2 is 2 host(s)"),
@@ -188,7 +189,7 @@ REFUSALS = [
     (["--on", "slurm", "--max-restarts", "-1"], 78, "max restarts is -1; it must be 0 or more"),
     (["--on", "slurm", "--grace", "0"], 78, "grace of 0 s; it must be positive"),
     (["--on", "slurm", "--set", "lr.peek=1"], 2, "did you mean"),
-    (["--on", "slurm", "--set", "mesh.data=3"], 78, "does not make up the 1 devices of cpu"),
+    (["--on", "slurm", "--set", "mesh.data=3"], 78, "does not make up the 1 device(s) of cpu"),
 ]
 
 
@@ -206,34 +207,51 @@ def test_too_much_for_an_array(capsys):
     assert "--items 0: must be 1 or more" in capsys.readouterr().err
 
 
-def test_a_limit_of_cost_is_held(capsys, monkeypatch):
-    import types
+COSTLY = ("launch", "experiments.tinyllama:v1_0", "--on", "slurm", "--nodes", "2", "--workdir", "r")
 
-    asked = []
 
-    def estimate(run, target):
-        asked.append((run.name, target))
-        return {"cost_usd": {"total": 120.0}}
+def refused(capsys, *words) -> str:
+    """What the refusal says, in its one line; nothing was written to stdout."""
+    assert main(list(words)) == 78
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1
+    return said.err
 
-    money = types.ModuleType("tinyllama_jax.preflight.money")
-    money.estimate = estimate
-    monkeypatch.setitem(sys.modules, "tinyllama_jax.preflight.money", money)
-    words = (
-        "launch",
-        "experiments.tinyllama:v1_0",
-        "--on",
-        "slurm",
-        "--nodes",
-        "2",
-        "--workdir",
-        "r",
-        "--dry-run",
-        "--json",
-    )
-    assert answer(capsys, *words, "--max-cost", "120")["cost_usd"] == 120
-    assert main([*words, "--max-cost", "119"]) == 78
-    assert "about $120 on a100-40g:2x8, more than --max-cost 119; nothing launched" in capsys.readouterr().err
-    assert asked == [("tinyllama-v1.0", "a100-40g:2x8")] * 2
+
+def test_a_limit_of_cost_is_held(capsys, tmp_path):
+    from experiments.tinyllama import v1_0
+
+    total = money.estimate(v1_0(), "a100-40g:2x8")["cost_usd"]["total"]
+    line = refused(capsys, *COSTLY, "--max-cost", "1000", "--folder", str(tmp_path / "launched"))
+    assert f"experiments.tinyllama:v1_0 on a100-40g:2x8 is estimated at ${total:,.0f}" in line
+    assert "more than --max-cost 1,000" in line and not (tmp_path / "launched").exists()
+    value = answer(capsys, *COSTLY, "--dry-run", "--json", "--max-cost", f"{total + 1:.2f}")
+    assert value["cost_usd"] == pytest.approx(total)
+    refused(capsys, *COSTLY, "--dry-run", "--json", "--max-cost", f"{total - 1:.2f}")
+
+
+def test_a_sweep_costs_as_much_as_its_runs_together(capsys, tmp_path, monkeypatch):
+    body = "from experiments.tinyllama import tinyllama_120m\ndef two():\n    return [tinyllama_120m()] * 2\n"
+    (tmp_path / "costly_sweep.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    words = ("launch", "costly_sweep:two", "--on", "slurm", "--target", "a100-40g", "--workdir", "r", "--dry-run")
+    value = answer(capsys, *words, "--json")
+    one, other = (estimate["cost_usd"]["total"] for estimate in value["estimates"])
+    assert value["cost_usd"] == 2 * one == 2 * other > 0
+    line = refused(capsys, *words, "--max-cost", f"{1.5 * one:.2f}")
+    assert "the 2 runs of costly_sweep:two on a100-40g:1x8 are estimated at $" in line
+
+
+def test_a_dry_run_says_what_it_would_take(capsys):
+    assert main([*COSTLY, "--dry-run"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    found = re.fullmatch(r"# estimated on a100-40g:2x8: ([\d,]+) tokens/s, ([\d,.]+) days, \$([\d,]+)", first)
+    speed, days, _ = (float(number.replace(",", "")) for number in found.groups())
+    assert speed * days * 86_400 == pytest.approx(3e12, rel=0.06)  # but for the share of time that is lost
+    assert main([*TINY, "--on", "slurm", "--dry-run"]) == 0
+    assert "estimated" not in capsys.readouterr().out
+    assert main([*TINY, "--on", "slurm", "--dry-run", "--max-cost", "5"]) == 2
+    assert "--max-cost 5: there is no price for cpu; leave it out" in capsys.readouterr().err
 
 
 def test_launching_never_imports_jax():

@@ -15,6 +15,7 @@ NO_JAX = {
     "configio",
     "presets",
     "flops",
+    "mesh_rules",
     "schedules",
     "lab.chinchilla",
     "lab.isoflop",

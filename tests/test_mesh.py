@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick_experiment import quick
 
-from tinyllama_jax import config, sharding
+from tinyllama_jax import config, mesh_rules, sharding
 from tinyllama_jax.config import replace
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.model.layers import linear
@@ -106,7 +106,11 @@ def test_optimizer_state_lies_as_the_weights():
     assert gate.addressable_shards[0].data.size == gate.size // 4
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 1), (1, 4, 1, 1), (1, 2, 1, 4), (1, 4, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (1, 2, 1, 1), (1, 4, 1, 1), (1, 2, 1, 4), (1, 4, 1, 2), (1, 2, 4, 1), (2, 1, 2, 2)],
+    ids=str,
+)
 def test_a_checkpoint_goes_on_over_another_mesh(tmp_path, shape):
     """Saved by eight devices of FSDP: the same weights bit for bit, and the same next losses."""
     settings = dict(masking=True, kv_heads=4)  # four of everything that `tensor` must divide
@@ -143,7 +147,7 @@ def test_what_a_mesh_cannot_cut_is_refused_before_anything_is_compiled(mesh, cha
         run = replace(run, data=replace(run.data, sequence_tokens=31), curriculum=(stage,))
     plan = Plan(run.curriculum, run.data.sequence_tokens)
     with pytest.raises(ConfigError, match=words) as error:
-        step.check_batches(run, plan, sharding.make_mesh(config.Mesh(**mesh)))
+        mesh_rules.check(run, plan.stages, sharding.make_mesh(config.Mesh(**mesh)).shape)
     assert "\n" not in str(error.value)
 
 

@@ -24,10 +24,15 @@ MESHES = {
     "1": {},
     "8-fsdp": {"data": 8},
     "8-hsdp": {"replica": 2, "data": 4},
+    "8-tensor": {"data": 4, "tensor": 2},
     "64-fsdp": {"data": 64},
     "64-hsdp": {"replica": 8, "data": 8},
+    "64-tensor": {"data": 16, "tensor": 4},
+    "64-context": {"data": 8, "context": 8},
     "256-fsdp": {"data": 256},
     "256-hsdp": {"replica": 16, "data": 16},
+    "256-tensor": {"replica": 4, "data": 16, "tensor": 4},
+    "256-context": {"replica": 2, "data": 16, "context": 4, "tensor": 2},
 }
 # `tensor` must divide the heads of keys and values.
 CASES = [
@@ -82,13 +87,15 @@ def test_every_leaf_lies_as_the_golden_file_says(name, mesh, request):
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("name, mesh", [case for case in CASES if "tensor" not in MESHES[case[1]]])
+@pytest.mark.parametrize("name, mesh", CASES)
 def test_the_state_is_cut_into_equal_parts(name, mesh):
-    """Weights and both moments divide by `data`; norm scales, counts and the guard's window of losses are whole."""
+    """Weights and both moments divide by `data` and `tensor`, and by neither `replica` nor `context`; norm scales,
+    counts and the guard's window of losses are whole."""
     model = preset(name)
     found = leaves(name, mesh)
     norms = (2 * model.layers + 1) * model.d_model
-    weights = (flops.parameter_counts(model)["total"] - norms) // MESHES[mesh].get("data", 1)
+    ways = math.prod(MESHES[mesh].get(axis, 1) for axis in ("data", "tensor"))
+    weights = (flops.parameter_counts(model)["total"] - norms) // ways
     guard = 2 * run_of(name).optimizer.skip_window_steps + 2
     assert sum(local_bytes(leaf) for _, leaf in found) == 3 * 4 * (weights + norms) + 4 * (guard + 1)
     params = {path.removeprefix("params."): leaf for path, leaf in found if path.startswith("params.")}

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from quick_experiment import quick
 
+from tinyllama_jax import mesh_rules
 from tinyllama_jax.config import Execution, Mesh, Optimizer, replace
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.schedules import Plan
@@ -161,6 +162,6 @@ def test_batches_that_do_not_fit_the_devices_are_refused():
     run = quick()
     plan = Plan(run.curriculum, run.data.sequence_tokens)
     with pytest.raises(ConfigError, match="stage 'basic': a micro-batch of 4 sequences cannot be spread over 8"):
-        step.check_batches(run, plan, make_mesh(Mesh()))
+        mesh_rules.check(run, plan.stages, make_mesh(Mesh()).shape)
     with pytest.raises(ConfigError, match="micro-batches"):
         replace(run, execution=Execution(micro_batch_sequences=3))

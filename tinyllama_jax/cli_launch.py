@@ -76,7 +76,7 @@ def add_launch(verb, settings, as_json) -> None:
     )
     sub.add_argument("--profile", default="", metavar="NAME", help="of `launch flags` (the machine's; none = no flags)")
     sub.add_argument(
-        "--max-cost", type=float, default=None, metavar="DOLLARS", help="refuse to launch what would cost more"
+        "--max-cost", type=float, default=None, metavar="DOLLARS", help="refuse what `preflight` estimates to cost more"
     )
     where(sub)
     settings(sub)

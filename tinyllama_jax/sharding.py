@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,10 +27,10 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax import config
+from tinyllama_jax import config, mesh_rules
 from tinyllama_jax.errors import ConfigError
+from tinyllama_jax.mesh_rules import AXES
 
-AXES = ("replica", "data", "context", "tensor")
 FSDP, CONTEXT, TENSOR = "data", "context", "tensor"
 BATCH = ("replica", "data")  # specs are compared literally, axes of size 1 included: use this constant everywhere
 
@@ -79,16 +78,7 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
     Raises ConfigError when the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(mesh, name) for name in AXES]
-    if -1 in sizes:
-        known = math.prod(s for s in sizes if s != -1)
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        asked = " x ".join(f"mesh.{name}={getattr(mesh, name)}" for name in AXES)
-        raise ConfigError(
-            f"{asked} does not make up the {len(devices)} device(s) present; "
-            "choose sizes whose product is that number (-1 takes what is left)"
-        )
+    sizes = list(mesh_rules.sizes(mesh, len(devices)).values())
     return DeviceMesh(_grid(sizes, devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllama_jax.configio import nearest
@@ -36,10 +37,10 @@ def launch(args: argparse.Namespace) -> None:
     options["processes"] = {"one": "node", "gpus": "device"}[args.processes_per_node]
     options["name"] = args.name or _name(args.experiment.partition(":")[2])
     job, runs = plan.training(args.experiment, args.workdir, args.settings, args.experiment_path, **options)
-    cost = {}
-    if args.max_cost is not None:
-        cost = {"cost_usd": plan.check_cost(runs, machines.target, args.max_cost)}
-    _submit(args, job, on, cost)
+    found = plan.estimates(runs, machines) if args.dry_run or args.max_cost is not None else []
+    plan.check_cost(args.experiment, found, machines, args.max_cost)
+    cost = {"cost_usd": sum(value["cost_usd"]["total"] for value in found), "estimates": found} if found else {}
+    _submit(args, job, on, cost, plan.estimate_lines(found))
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -53,7 +54,7 @@ def prepare(args: argparse.Namespace) -> None:
     machines = machine.parse(args.target or ("v5e:1x1" if on == "tpu" else "cpu"), None, on)
     options = _options(args, on) | {"machine": machines, "environment": _environment(args.env, {})}
     options["name"] = args.name or _name(f"prepare-{Path(args.out).name}")
-    _submit(args, plan.preparing(args.out, args.items, args.workers, **options), on, {})
+    _submit(args, plan.preparing(args.out, args.items, args.workers, **options), on)
 
 
 def flags(args: argparse.Namespace) -> None:
@@ -135,14 +136,14 @@ def _name(text: str) -> str:
     return (name if name[:1].isalpha() else f"run-{name}")[:40].rstrip("-")
 
 
-def _submit(args: argparse.Namespace, job, on: str, more: dict) -> None:
-    """Shows or submits the job, and answers."""
+def _submit(args: argparse.Namespace, job, on: str, more: dict | None = None, estimated: Sequence[str] = ()) -> None:
+    """Shows or submits the job, and answers: with `more` in JSON, after the lines `estimated` for a person."""
     from tinyllama_jax.launch import submit
     from tinyllama_jax.launch.job import shell
 
     found, then = submit.pieces(job, on, args.folder)
-    value: dict = {"name": job.name, "on": on, "dry_run": args.dry_run, **more}
-    lines: list[str] = []
+    value: dict = {"name": job.name, "on": on, "dry_run": args.dry_run, **(more or {})}
+    lines = list(estimated)
     if args.dry_run:
         value["jobs"] = [
             {"name": p.name, "file": p.file, "command": shell(tuple(p.command)), "id": None, "text": p.text}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import math
 from collections.abc import Sequence
+from typing import Any
 
-from tinyllama_jax import configio
+from tinyllama_jax import configio, mesh_rules
 from tinyllama_jax.config import Run
-from tinyllama_jax.errors import ConfigError
+from tinyllama_jax.errors import ConfigError, UsageError
 from tinyllama_jax.launch.job import PYTHON, TASK, Job, at
 from tinyllama_jax.launch.machine import Machine
+from tinyllama_jax.preflight import money
+from tinyllama_jax.schedules import Plan
 
 
 def train_command(experiment: str, workdir: str, settings: Sequence[str], paths: Sequence[str]) -> tuple[str, ...]:
@@ -78,31 +79,43 @@ def alone(job: Job) -> list[Job]:
 
 
 def check(run: Run, machine: Machine) -> None:
-    """Raises ConfigError when the mesh does not make up the devices, or a batch cannot be shared out among them."""
-    mesh, devices = run.mesh, machine.devices
-    sizes = {"replica": mesh.replica, "data": mesh.data, "context": mesh.context, "tensor": mesh.tensor}
-    known = math.prod(size for size in sizes.values() if size != -1)
-    rest = devices // known if -1 in sizes.values() else 1
-    asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-    if known * rest != devices:
-        raise ConfigError(f"{run.name}: {asked} does not make up the {devices} devices of {machine.target}")
-    ways = math.prod(rest if sizes[name] == -1 else sizes[name] for name in ("replica", "data"))
-    for stage in run.curriculum:
-        sequences = stage.batch_tokens // run.data.sequence_tokens
-        together = min(sequences, run.execution.micro_batch_sequences or sequences)
-        if together % ways:
-            raise ConfigError(
-                f"{run.name}, stage {stage.name!r}: {together} sequences at a time cannot be shared out among the "
-                f"{ways} parts of {asked} on {machine.target}; change execution.micro_batch_sequences or the mesh"
-            )
+    """Raises ConfigError when the mesh does not make up the devices, or cuts the model or a batch unevenly."""
+    try:
+        sizes = mesh_rules.sizes(run.mesh, machine.devices, f"of {machine.target}")
+        mesh_rules.check(run, Plan(run.curriculum, run.data.sequence_tokens).stages, sizes)
+    except ConfigError as error:
+        raise ConfigError(f"{run.name}: {error}") from error
 
 
-def check_cost(runs: Sequence[Run], target: str, dollars: float) -> float:
-    """What the runs cost on the target, in dollars.  Raises ConfigError when that is more than `dollars`."""
-    money = importlib.import_module("tinyllama_jax.preflight.money")
-    total = sum(money.estimate(run, target)["cost_usd"]["total"] for run in runs)
+def estimates(runs: Sequence[Run], machine: Machine) -> list[dict[str, Any]]:
+    """What `preflight` foretells of each run on the machine; nothing for a machine that it does not know."""
+    if machine.platform == "cpu":
+        return []
+    return [money.estimate(run, machine.target) for run in runs]
+
+
+def check_cost(experiment: str, found: Sequence[dict[str, Any]], machine: Machine, dollars: float | None) -> None:
+    """Raises ConfigError when all runs together would cost more than `dollars`, UsageError when nobody knows."""
+    if dollars is None:
+        return
+    if not found:
+        raise UsageError(f"--max-cost {dollars:g}: there is no price for {machine.target}; leave it out")
+    if not dollars > 0:
+        raise UsageError(f"--max-cost {dollars:g}: must be positive")
+    if len(found) == 1:
+        return money.check(found[0], dollars, experiment)
+    total = sum(value["cost_usd"]["total"] for value in found)
     if total > dollars:
         raise ConfigError(
-            f"{runs[0].name}: about ${total:,.0f} on {target}, more than --max-cost {dollars:,.0f}; nothing launched"
+            f"the {len(found)} runs of {experiment} on {machine.target} are estimated at ${total:,.0f}, more than "
+            f"--max-cost {dollars:,.0f}; launch fewer of them, choose another target, or raise it"
         )
-    return total
+
+
+def estimate_lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The estimates for a person, in one line for each run."""
+    return [
+        f"# estimated on {value['target']}: {value['tokens_per_s']:,.0f} tokens/s, {value['days']:,.1f} days, "
+        f"${value['cost_usd']['total']:,.0f}"
+        for value in found
+    ]

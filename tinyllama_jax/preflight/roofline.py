@@ -16,34 +16,17 @@ import itertools
 import math
 from typing import Any
 
+from tinyllama_jax import mesh_rules
 from tinyllama_jax.config import Run
-from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.flops import forward_terms, parameter_counts
+from tinyllama_jax.mesh_rules import AXES, accumulation_steps, rows_per_place
 from tinyllama_jax.preflight import traffic
 from tinyllama_jax.preflight.assumptions import Assumptions
-from tinyllama_jax.preflight.traffic import AXES, BYTES, Collective
+from tinyllama_jax.preflight.traffic import BYTES, Collective
 from tinyllama_jax.schedules import PlannedStage
 
 PARTS = ("matmul", "attention", "elementwise", "cross_entropy", "optimizer", "communication", "gaps")
 UNFUSED = ("xla", "reference")
-
-
-def micro_batches_of(run: Run, batch_sequences: int) -> int:
-    """Micro-batches per step, as in train/step.py."""
-    micro = run.execution.micro_batch_sequences
-    return 1 if micro == 0 or batch_sequences <= micro else batch_sequences // micro
-
-
-def rows_of(run: Run, stage: PlannedStage, sizes: dict[str, int]) -> int:
-    """Sequences per device and micro-batch.  Raises ConfigError where `train` would."""
-    rows = stage.batch_sequences // micro_batches_of(run, stage.batch_sequences)
-    shards = sizes["replica"] * sizes["data"]
-    if rows % shards:
-        raise ConfigError(
-            f"stage {stage.name!r}: a micro-batch of {rows} sequences cannot be spread over {shards} devices; "
-            "choose execution.micro_batch_sequences or batch_tokens so that it divides"
-        )
-    return rows // shards
 
 
 def products(run: Run, tensor: int) -> list[tuple[int, int, int]]:
@@ -58,7 +41,7 @@ def products(run: Run, tensor: int) -> list[tuple[int, int, int]]:
 def step(run: Run, stage: PlannedStage, sizes: dict[str, int], given: Assumptions) -> dict[str, float]:
     """Seconds of one step of `stage` by part; their sum is the step, before calibration and goodput."""
     cfg, length, remat = run.model, run.data.sequence_tokens, run.execution.remat
-    rows, micro_batches = rows_of(run, stage, sizes), micro_batches_of(run, stage.batch_sequences)
+    rows, micro_batches = rows_per_place(run, stage, sizes), accumulation_steps(run, stage.batch_sequences)
     tensor = sizes["tensor"]
     tokens = rows * length / sizes["context"]  # of a device, in one micro-batch
     width = BYTES[cfg.compute_dtype]
@@ -135,7 +118,8 @@ def _members_here(axes: tuple[str, ...], sizes: dict[str, int], machine: int) ->
 
 def of_plan(run: Run, stages: list[PlannedStage], devices: int, given: Assumptions) -> list[dict[str, Any]]:
     """One row per stage: name, batch_tokens, micro_batches, rows, parts and step_seconds, before calibration."""
-    sizes = traffic.mesh_sizes(run.mesh, devices)
+    sizes = mesh_rules.sizes(run.mesh, devices, "of the target")
+    mesh_rules.check(run, stages, sizes)
     found = []
     for stage in stages:
         parts = step(run, stage, sizes, given)
@@ -143,8 +127,8 @@ def of_plan(run: Run, stages: list[PlannedStage], devices: int, given: Assumptio
             {
                 "name": stage.name,
                 "batch_tokens": stage.batch_tokens,
-                "micro_batches": micro_batches_of(run, stage.batch_sequences),
-                "sequences_per_device": rows_of(run, stage, sizes),
+                "micro_batches": accumulation_steps(run, stage.batch_sequences),
+                "sequences_per_device": rows_per_place(run, stage, sizes),
                 "parts": parts,
                 "step_seconds": sum(parts.values()),
             }

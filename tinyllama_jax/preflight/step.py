@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinyllama_jax import attention
+from tinyllama_jax import attention, mesh_rules
 from tinyllama_jax.attention import choice
 from tinyllama_jax.config import Run, replace
 from tinyllama_jax.errors import ConfigError
@@ -77,7 +77,7 @@ class Compiler:
         self.target = target
         self.mesh = make_mesh(run.mesh, target.devices())
         self.plan = Plan(run.curriculum, run.data.sequence_tokens)
-        train_step.check_batches(run, self.plan, self.mesh)
+        mesh_rules.check(run, self.plan.stages, self.mesh.shape)
         with self._context(run):
             self.run, self.attention = compilable_attention(run)
         self.shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
@@ -93,7 +93,7 @@ class Compiler:
     def describe(self) -> dict[str, Any]:
         """What the search needs to know: the candidates, and which of them the experiment has."""
         sequences = self.stage.batch_sequences
-        micro_batches = train_step.accumulation_steps(self.run, sequences)
+        micro_batches = mesh_rules.accumulation_steps(self.run, sequences)
         return {
             "devices": self.mesh.size,
             "mesh": dict(self.mesh.shape),
@@ -111,7 +111,7 @@ class Compiler:
     def _valid(self, rows: int) -> bool:
         try:
             run = replace(self.run, execution=replace(self.run.execution, micro_batch_sequences=rows * self.shards))
-            train_step.check_batches(run, self.plan, self.mesh)
+            mesh_rules.check(run, self.plan.stages, self.mesh.shape)
         except ConfigError:
             return False
         return True

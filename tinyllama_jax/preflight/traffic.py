@@ -16,11 +16,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from tinyllama_jax.config import Mesh, Run
-from tinyllama_jax.errors import ConfigError
+from tinyllama_jax.config import Run
 from tinyllama_jax.flops import parameter_counts
+from tinyllama_jax.mesh_rules import AXES
 
-AXES = ("replica", "data", "context", "tensor")  # the slowest first, as devices are numbered
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -34,20 +33,6 @@ class Collective(NamedTuple):
     @property
     def per_step(self) -> int:
         return self.bytes * self.times
-
-
-def mesh_sizes(mesh: Mesh, devices: int) -> dict[str, int]:
-    """Axis -> size on that many devices, -1 resolved.  Raises ConfigError when they do not multiply to it."""
-    sizes = {axis: getattr(mesh, axis) for axis in AXES}
-    known = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != devices:
-        asked = " x ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) != 1)
-        raise ConfigError(
-            f"{asked or 'a mesh of one device'} does not make up {devices} device(s); choose sizes whose product is "
-            "that number (-1 takes what is left)"
-        )
-    return sizes
 
 
 def per_step(run: Run, sizes: dict[str, int], rows: int, micro_batches: int) -> list[Collective]:

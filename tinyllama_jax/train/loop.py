@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tinyllama_jax import attention, configio, flops
+from tinyllama_jax import attention, configio, flops, mesh_rules
 from tinyllama_jax.config import Execution, Run, replace
 from tinyllama_jax.data.durable import write_json
 from tinyllama_jax.data.pipeline import Pipeline
@@ -108,7 +108,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
     watchdog.at("preparing the data", slow=True)
     store = start.open_store(run, progress, peers)
     mesh = make_mesh(run.mesh)
-    step.check_batches(run, plan, mesh)
+    mesh_rules.check(run, plan.stages, mesh.shape)
     share, shares = row_share(mesh, peers.index)
     pipeline = Pipeline(
         store,
@@ -188,7 +188,7 @@ def _steps(
         before = time.perf_counter()
         index, batch = next(batches)
         waited = time.perf_counter() - before
-        accumulation = step.accumulation_steps(run, plan.at_step(index).batch_sequences)
+        accumulation = mesh_rules.accumulation_steps(run, plan.at_step(index).batch_sequences)
         return step.put_batch(batch, accumulation, mesh, documents=run.data.document_masking), waited
 
     def read_metrics() -> None:

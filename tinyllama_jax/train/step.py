@@ -13,45 +13,10 @@ from jax.sharding import Mesh
 from tinyllama_jax import optim
 from tinyllama_jax.config import Run
 from tinyllama_jax.data.pipeline import Batch
-from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.loss import training_loss
 from tinyllama_jax.model import transformer
-from tinyllama_jax.schedules import Plan
 from tinyllama_jax.sharding import row_share, striped, token_sharding
 from tinyllama_jax.train.state import State, keys
-
-
-def accumulation_steps(run: Run, batch_sequences: int) -> int:
-    """Micro-batches per optimizer step."""
-    micro = run.execution.micro_batch_sequences
-    return 1 if micro == 0 or batch_sequences <= micro else batch_sequences // micro
-
-
-def check_mesh(run: Run, mesh: Mesh) -> None:
-    """Raises ConfigError when `tensor` or `context` would cut something of the model or of a row into unequal parts."""
-    model, sizes = run.model, dict(mesh.shape)
-    for axis, name, count in (
-        ("tensor", "model.heads", model.heads),
-        ("tensor", "model.kv_heads", model.kv_heads),  # cut as the query heads, so that each finds its own
-        ("tensor", "model.d_ff", model.d_ff),
-        ("tensor", "model.vocab_size", model.vocab_size),
-        ("context", "data.sequence_tokens", run.data.sequence_tokens),
-    ):
-        if count % sizes[axis]:
-            raise ConfigError(f"mesh.{axis}={sizes[axis]} does not divide {name}={count}; choose one that does")
-
-
-def check_batches(run: Run, plan: Plan, mesh: Mesh) -> None:
-    """Raises ConfigError when a stage's micro-batch cannot be spread over the devices, or what `check_mesh` refuses."""
-    check_mesh(run, mesh)
-    shards = mesh.shape["replica"] * mesh.shape["data"]
-    for stage in plan.stages:
-        rows = stage.batch_sequences // accumulation_steps(run, stage.batch_sequences)
-        if rows % shards:
-            raise ConfigError(
-                f"stage {stage.name!r}: a micro-batch of {rows} sequences cannot be spread over {shards} devices; "
-                "choose execution.micro_batch_sequences or batch_tokens so that it divides"
-            )
 
 
 def put_batch(batch: Batch, accumulation: int, mesh: Mesh, *, documents: bool) -> dict[str, jax.Array]:
