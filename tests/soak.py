@@ -39,29 +39,31 @@ from soak_faults import CLOCK, Disk, Life, damage
 
 from tinyllama_jax.lab.goodput import goodput
 
-STAGE_STEPS = 500  # of three
-FAULTS = {"kill_all": 3, "kill_one": 2, "terminate": 3, "suspend": 1, "fill_disk": 2}  # how often, relatively
+STAGE_STEPS = 500  # of three; fewer where there is less than an hour
+FEWEST_FAULTS = 5  # however slow the machine is
+FAULTS = ("kill_all", "kill_one", "terminate", "suspend", "fill_disk")  # methods of Life
 DAMAGED, JUMPING = 0.35, 0.25  # shares of the starts
 PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "grain", "numpy")
 
 
-def arguments(store: Path, workdir: Path) -> list[str]:
-    """The run: about ten seconds of steps where nothing disturbs it, a save every second."""
-    tokens = STAGE_STEPS * 8 * 32
+def arguments(store: Path, workdir: Path, stage_steps: int, *more: str) -> list[str]:
+    """The run: at most some ten seconds of steps where nothing disturbs it, a save every second."""
+    tokens = stage_steps * 8 * 32
     settings = (f"curriculum.{stage}.tokens={tokens}" for stage in ("basic", "continual", "cooldown"))
     saves = ("checkpoint.temporary_steps=0", "checkpoint.temporary_seconds=1", "checkpoint.retry_seconds=1")
-    return command(store, workdir, *settings, *saves)
+    return command(store, workdir, *settings, *saves, *more)
 
 
 class Soak:
     """Runs one after the other in `folder`; `tally` and `faults` say what happened."""
 
-    def __init__(self, folder: Path, chance: random.Random, processes: int):
+    def __init__(self, folder: Path, chance: random.Random, processes: int, minutes: float):
         self.folder, self.chance, self.processes = folder, chance, processes
-        self.faults, self.tally = Counter(), Counter()
+        self.stage_steps = int(min(STAGE_STEPS, max(100, 60 * minutes)))
+        self.faults, self.tally, self._deck = Counter(), Counter(), []
         self.store, self.whole = small_store.make(folder / "data"), folder / "whole"
         begin = time.monotonic()
-        self._finish(self.whole, 1)
+        self._finish(self.whole, 1, "checkpoint.temporary_seconds=0")
         self.whole_seconds = time.monotonic() - begin
         self.disk = Disk(folder / "disk")
 
@@ -69,8 +71,9 @@ class Soak:
         """One process has two devices, so that it computes what two with one each do."""
         return {"devices": 2, "environment": lambda i, address: {}} if count == 1 else {}
 
-    def _finish(self, workdir: Path, count: int) -> None:
-        run_to_the_end(count, arguments(self.store, workdir), seconds=900, **self._environment(count))
+    def _finish(self, workdir: Path, count: int, *settings: str) -> None:
+        argv = arguments(self.store, workdir, self.stage_steps, *settings)
+        run_to_the_end(count, argv, seconds=900, **self._environment(count))
 
     def run(self, deadline: float) -> None:
         """One run, hurt until it is at its end or there is just the time to let it end."""
@@ -79,7 +82,7 @@ class Soak:
         counts = (1,) if self.processes == 1 or self.chance.random() < 0.4 else (1, 2)
         exact, count, damaged = counts == (1,), counts[-1], {}
         print(f"run {self.tally['runs']} with {' or '.join(map(str, counts))} processes", file=sys.stderr, flush=True)
-        while self._time_left(deadline, workdir) and not self._complete(workdir):
+        while self._time_left(deadline) and not self._complete(workdir):
             if self.chance.random() < DAMAGED:
                 self._damage(workdir / "checkpoints", damaged)
             before, count = count, self.chance.choice(counts)
@@ -93,17 +96,15 @@ class Soak:
         self._judge(workdir, exact, damaged)
         shutil.rmtree(workdir)
 
-    def _time_left(self, deadline: float, workdir: Path) -> bool:
-        left = 1 - steps_done(workdir) / (3 * STAGE_STEPS)
-        return time.monotonic() + 10 + 2 * left * self.whole_seconds < deadline
+    def _time_left(self, deadline: float) -> bool:
+        return time.monotonic() + self.whole_seconds < deadline or sum(self.faults.values()) < FEWEST_FAULTS
 
     def _complete(self, workdir: Path) -> bool:
-        return steps_done(workdir) == 3 * STAGE_STEPS and lines(workdir / "events.jsonl")[-1]["kind"] == "finished"
+        return steps_done(workdir) == 3 * self.stage_steps and lines(workdir / "events.jsonl")[-1]["kind"] == "finished"
 
     def _hurt(self, workdir: Path, count: int, damaged: dict) -> None:
-        names = [n for n in FAULTS if (n != "kill_one" or count > 1) and (n != "fill_disk" or self.disk.mounted)]
-        name = self.chance.choices(names, [FAULTS[n] for n in names])[0]
-        argv, extra = arguments(self.store, workdir), self._environment(count)
+        name = self._draw(count)
+        argv, extra = arguments(self.store, workdir, self.stage_steps), self._environment(count)
         if self.chance.random() < JUMPING:
             self.faults["jumping clock"] += 1
             argv[1:3] = ["-c", CLOCK]
@@ -111,7 +112,7 @@ class Soak:
         expected = self._newest_good(workdir, damaged)
         at = steps_done(workdir)
         with Hosts(count, argv, **extra) as hosts:
-            life = Life(hosts, workdir, self.disk, self.chance, STAGE_STEPS // 2)
+            life = Life(hosts, workdir, self.disk, self.chance, self.stage_steps // 2)
             getattr(life, name)()
             start, said = life.began(), hosts.said(0)
         self.faults[name] += 1
@@ -120,6 +121,15 @@ class Soak:
         if start is not None:
             assert start["step"] == expected, f"it went on from step {start['step']}, not {expected}:\n{said}"
         self._set_aside(workdir, damaged, all_of_them=start is not None)
+
+    def _draw(self, count: int) -> str:
+        """A fault, of which a run of so many processes is capable; each kind once before any comes again."""
+        possible = {n for n in FAULTS if (n != "kill_one" or count > 1) and (n != "fill_disk" or self.disk.mounted)}
+        if not possible & set(self._deck):
+            self._deck = self.chance.sample(FAULTS, len(FAULTS))
+        name = next(n for n in self._deck if n in possible)
+        self._deck.remove(name)
+        return name
 
     def _newest_good(self, workdir: Path, damaged: dict) -> int:
         """The step that the next start must go on from; what was committed last must be there."""
@@ -192,9 +202,9 @@ def main() -> int:
     seed = random.randrange(2**32) if args.seed is None else args.seed
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir=args.workdir))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
-    soak, failure = Soak(folder, random.Random(seed), args.processes), "interrupted"
+    soak, failure = Soak(folder, random.Random(seed), args.processes, args.minutes), "interrupted"
     try:
-        while not soak.tally["runs"] or time.monotonic() + 60 + 2 * soak.whole_seconds < deadline:
+        while sum(soak.faults.values()) < FEWEST_FAULTS or time.monotonic() + 2 * soak.whole_seconds < deadline:
             soak.run(deadline)
         failure = None
     except AssertionError as error:

@@ -16,7 +16,7 @@ BEGIN_SECONDS = 240  # for a start, on a machine that does much else
 END_SECONDS = 150  # for an end: a peer's silence, the farewell, a save, and the same slack
 ENOUGH_SECONDS = 10  # of training, where many steps take long
 DISK_BYTES = 64 << 20
-NO_ROOM_BYTES = (900 << 10, 1400 << 10)  # free on a full disk: less than a checkpoint of the run, enough for records
+NO_ROOM_BYTES = (600 << 10, 1300 << 10)  # free on a full disk: less than a checkpoint of the run, enough for records
 
 # The same program with another time of day, that jumps by up to a day and a half, forwards and backwards, three times a
 # second.  Only the wall clock: a monotonic clock does not jump.
@@ -48,13 +48,12 @@ class Disk:
         self.mounted = shutil.which("mount") is not None and subprocess.run(words, capture_output=True).returncode == 0
 
     def fill(self, left: int) -> None:
-        """So much stays free, also where others have made room since the last call."""
+        """At most so much stays free, also where others have made room since the last call."""
         size = self._ballast.stat().st_size if self._ballast.exists() else 0
-        size = max(0, size + shutil.disk_usage(self.place).free - left)
-        with open(self._ballast, "ab") as file, contextlib.suppress(OSError):  # another was quicker to take the room
-            os.truncate(file.fileno(), min(size, os.fstat(file.fileno()).st_size))
-            if size:
-                os.posix_fallocate(file.fileno(), 0, size)
+        more = shutil.disk_usage(self.place).free - left
+        if more > 0:
+            with open(self._ballast, "ab") as file, contextlib.suppress(OSError):  # another was quicker
+                os.posix_fallocate(file.fileno(), size, more)
 
     def free(self) -> None:
         self._ballast.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ def test_three_minutes_of_faults_leave_no_trace(tmp_path):
     print(f"seed {seed}: {result['faults']}, {result['left_out']}")
     assert result == json.loads(done.stdout)
     assert result["verdict"] == "all held" and result["seed"] == int(seed)
-    assert result["faults"] and result["starts"] > result["runs"] >= 1 and result["steps"] >= 1000
+    assert sum(result["faults"].values()) >= 5 and result["starts"] > result["runs"] >= 1
     assert not [path for path in tmp_path.iterdir() if path != out], "nothing stays behind"
 
 
@@ -59,8 +59,10 @@ def test_a_full_disk_has_the_room_that_is_left_to_it(tmp_path):
         with pytest.raises(OSError, match="No space left"):
             (disk.place / "whole").write_bytes(bytes(1 << 20))
         (disk.place / "whole").unlink()
-        disk.fill(1 << 20)
-        (disk.place / "half").write_bytes(bytes(1 << 20))
+        (disk.place / "half").unlink()
+        disk.fill(1 << 19)  # what has become free is taken as well
+        with pytest.raises(OSError, match="No space left"):
+            (disk.place / "whole").write_bytes(bytes(1 << 20))
         disk.free()
         (disk.place / "whole").write_bytes(bytes(8 << 20))
     finally:
