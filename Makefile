@@ -7,6 +7,8 @@
 #   make proof-preflight  the 1.1B step compiled for six machines that are not here: 15 minutes
 #   make proof-data  a million generated documents, killed ten times on the way: the same store byte for byte; 20 GB
 #   make proof-loader  the loader over 10^8 and 10^9 tokens: speed, start, seek, memory: 3 minutes
+#   make proof-kills  two and four processes, one at a time killed 20 times: no step lost, none twice; half an hour
+#   make proof-soak  an hour of runs that are killed, stopped, damaged and short of disk: as if nothing had happened
 #   make lint | bench | clean
 
 VENV ?= .venv
@@ -27,7 +29,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader clean always
+.PHONY: help demo test test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-soak clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -101,6 +103,12 @@ proof-data: $(VENV)/.run
 
 proof-loader: $(VENV)/.run
 	@$(RUN) benchmarks/proof_loader.py
+
+proof-kills: $(VENV)/.run
+	@$(RUN) benchmarks/proof_kills.py
+
+proof-soak: $(VENV)/.run
+	@$(RUN) tests/soak.py --minutes 60 --out benchmarks/results/proof_soak.json
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -18,7 +18,6 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -43,27 +42,9 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory) -> Path:
     """A token store of two domains, prose and code, a vocabulary of 512, made once per test process."""
-    import argparse
-    import ast
-    import dataclasses
-    import pydoc_data.topics
-    import tempfile
+    from small_store import make
 
-    from tinyllama_jax.config import Recipe
-    from tinyllama_jax.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("corpus")
-    for domain in ("prose", "code"):
-        (folder / domain).mkdir()
-    for name, text in sorted(pydoc_data.topics.topics.items())[:60]:
-        (folder / "prose" / f"{name}.txt").write_text(text)
-    for module in (argparse, ast, dataclasses, inspect, tempfile):
-        source = inspect.getsource(module)
-        for number, start in enumerate(range(0, len(source), 8000)):
-            (folder / "code" / f"{module.__name__}_{number}.py").write_text(source[start : start + 8000])
-    sources = (f"prose={folder}/prose", f"code={folder}/code")
-    recipe = Recipe(sources=sources, vocab_size=512, validation_share=0.1, window_tokens=33)
-    return prepare(recipe, folder / "store")
+    return make(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
