@@ -121,12 +121,13 @@ def test_64_a100s_in_four_copies():
     """HSDP: gathers and scatters within 16 devices, then one sum of the shares over the 4 copies.
 
     The layers' matrices ask for it in sharding.gather, the head in loss.py; for the embedding, of which only rows are
-    looked up, XLA for GPUs does it unasked.
+    looked up, XLA for GPUs does it unasked; that of JAX 0.10 gathers it again for each micro-batch.
     """
     run = v1_0(Mesh(replica=4, data=16), 512, "save_dots_and_attention", LAYERS)
     found, rows, a = compiled(run, "a100-40g:8x8")
     formula = Formula(run, a, 2)
-    assert found["all-gather"] == rows["all-gather"]["bytes_by_group"]["16"] == formula.gathered
+    again = (a - 1) * 4 * formula.table if jax.__version_info__ < (0, 11) else 0
+    assert found["all-gather"] == rows["all-gather"]["bytes_by_group"]["16"] == formula.gathered + again
     assert found["reduce-scatter"] == rows["reduce-scatter"]["bytes_by_group"]["16"] == formula.scattered
     reduced = rows["all-reduce"]["bytes_by_group"]
     assert reduced["4"] == formula.scattered // 16
