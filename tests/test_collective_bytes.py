@@ -61,6 +61,11 @@ def compiled(run: Run, target: str) -> tuple[dict[str, int], dict[str, dict], in
     return {kind: found.get(kind, {}).get("bytes_per_step", 0) for kind in KINDS}, found, micro_batches
 
 
+def again(formula: Formula, width: int) -> int:
+    """The compilers of JAX 0.10 gather the embedding for each micro-batch, though it does not change between them."""
+    return (formula.a - 1) * formula.table * width if jax.__version_info__ < (0, 11) else 0
+
+
 @pytest.mark.parametrize("mesh", [Mesh(data=64), Mesh(replica=4, data=16), Mesh(data=1, replica=-1)], ids=str)
 def test_the_estimate_counts_what_is_derived_here(mesh):
     run = v1_0(mesh, 512, "save_dots_and_attention")
@@ -109,7 +114,7 @@ def test_64_a100s_fully_sharded_send_the_formula_to_the_byte():
     found, rows, a = compiled(run, "a100-40g:8x8")
     formula = Formula(run, a, 2)
     assert a == 2
-    assert found["all-gather"] == formula.gathered
+    assert found["all-gather"] == formula.gathered + again(formula, 4)
     assert found["reduce-scatter"] == formula.scattered
     assert 0 <= found["all-reduce"] - formula.summed < SCALARS
     assert all(set(row["bytes_by_group"]) == {"64"} for row in (rows[kind] for kind in KINDS))
@@ -126,7 +131,7 @@ def test_64_a100s_in_four_copies():
     run = v1_0(Mesh(replica=4, data=16), 512, "save_dots_and_attention", LAYERS)
     found, rows, a = compiled(run, "a100-40g:8x8")
     formula = Formula(run, a, 2)
-    assert found["all-gather"] == rows["all-gather"]["bytes_by_group"]["16"] == formula.gathered
+    assert found["all-gather"] == rows["all-gather"]["bytes_by_group"]["16"] == formula.gathered + again(formula, 4)
     assert found["reduce-scatter"] == rows["reduce-scatter"]["bytes_by_group"]["16"] == formula.scattered
     reduced = rows["all-reduce"]["bytes_by_group"]
     assert reduced["4"] == formula.scattered // 16
@@ -147,7 +152,8 @@ def test_64_tpu_chips_in_four_copies():
     formula = Formula(run, a, 2)
     embedding = formula.table_gradients // 2
     in_parts = formula.scattered - embedding
-    assert found["all-gather"] == rows["all-gather"]["bytes_by_group"]["16"] == formula.gathered - 2 * formula.table
+    gathered = formula.gathered - 2 * formula.table + again(formula, 2)
+    assert found["all-gather"] == rows["all-gather"]["bytes_by_group"]["16"] == gathered
     reduced = rows["all-reduce"]["bytes_by_group"]
     permuted = rows.get("collective-permute", {}).get("bytes_per_step", 0)
     longer = found["reduce-scatter"] + reduced["16"] - in_parts - permuted * 16 // 15
@@ -169,7 +175,7 @@ def test_256_tpu_chips_send_the_formula_in_their_own_words():
     found, _, a = compiled(run, "v5e:16x16")
     formula = Formula(run, a, 2)
     assert a == 2
-    gathered = formula.gathered - 2 * formula.table
+    gathered = formula.gathered - 2 * formula.table + again(formula, 2)
     disguised = gathered - found["all-gather"]
     assert disguised in (0, a * 2 * formula.attention * 2)
     reduced = found["reduce-scatter"] + found["all-reduce"] - disguised

@@ -77,6 +77,7 @@ def row(static, per_step, bytes_per_step, group):
     [
         ("replica_groups=mesh['replica'=4,'data'=16] {'data'}, dimensions={0}", "16"),
         ("replica_groups=mesh['replica'=4,'data'=16] {'replica','data'}, dimensions={0}", "64"),
+        ("replica_groups=mesh['axis_0'=16,'axis_1'=4], device_ids=([4,16]T(1,0)) {'axis_0'}, dimensions={0}", "16"),
         ("replica_groups={{0,4,8},{1,5,9}}, dimensions={0}", "3"),
         ("replica_groups=[8,2]<=[2,8]T(1,0), dimensions={0}", "2"),
         ("replica_groups={}, dimensions={0}", "all"),

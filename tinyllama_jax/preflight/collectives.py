@@ -29,8 +29,11 @@ _OPCODE = re.compile(r"(?:^|[\s)\]}])([a-z][a-z\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-# Who talks to whom: axes of a mesh, the first of the groups themselves, or groups x members of a numbering.
-_GROUPS = re.compile(r"replica_groups=(?:mesh\[([^\]]*)\] \{([^}]*)\}|\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)")
+# Who talks to whom: axes of a mesh (whose devices may be in another order), the first of the groups themselves, or
+# groups x members of a numbering.
+_GROUPS = re.compile(
+    r"replica_groups=(?:mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}|\{\{([\d,]+)\}|\[\d+,(\d+)\]<=)"
+)
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
 
