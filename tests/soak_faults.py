@@ -16,7 +16,7 @@ BEGIN_SECONDS = 240  # for a start, on a machine that does much else
 END_SECONDS = 150  # for an end: a peer's silence, the farewell, a save, and the same slack
 ENOUGH_SECONDS = 10  # of training, where many steps take long
 DISK_BYTES = 64 << 20
-NO_ROOM_BYTES = (600 << 10, 1300 << 10)  # free on a full disk: less than a checkpoint of the run, enough for records
+NO_ROOM_BYTES = 1200 << 10  # free on a full disk, at most: less than a checkpoint of the run needs
 
 # The same program with another time of day, that jumps by up to a day and a half, forwards and backwards, three times a
 # second.  Only the wall clock: a monotonic clock does not jump.
@@ -195,7 +195,7 @@ class Life:
     def fill_disk(self) -> None:
         """Saves fail: a warning, and the end with status 1 after three; the run goes on where there is room again."""
         self.live()
-        left, stay = self.chance.randrange(*NO_ROOM_BYTES), self.chance.random() < 0.5
+        left, stay = self.chance.choice((0, self.chance.randrange(NO_ROOM_BYTES))), self.chance.random() < 0.5
 
         def failed() -> bool:
             self.disk.fill(left)
@@ -213,7 +213,7 @@ class Life:
                     lambda: any(event["kind"] == committed for event in self.events()[before:]), "a save with room"
                 )
                 self.kill_now()
-            self.end(1, -signal.SIGKILL, saying="no space left")
+            self.end(1, -signal.SIGKILL, saying="o space left on ")
         finally:
             self.disk.free()
 

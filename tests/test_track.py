@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllama_jax import config, errors
+from tinyllama_jax import config
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.train import track
 from tinyllama_jax.train.track import Tracker
@@ -135,9 +135,10 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, plan, capfd, monkeypatch):
 def test_a_full_disk_is_one_line_and_the_incomplete_line_is_dropped_on_resume(mount, plan):
     disk = mount("size=64k")
     tracker = open_tracker(disk, plan)
-    with pytest.raises(errors.ConfigError, match="metrics.jsonl: cannot be written: No space left on device"):
+    with pytest.raises(track.RecordFailed, match="metrics.jsonl: cannot be written: No space left on device") as full:
         for step in range(1, 1000):
             tracker.step({"step": step, "tokens": step, "loss": 1.0, "padding": "x" * 333})
+    assert full.value.exit_status == 1, "as a save that fails: a launcher may start it again"
     tracker.close()
     lines = (disk / "metrics.jsonl").read_text().split("\n")
     subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,6 +28,20 @@ from orbax.checkpoint import v1 as ocp
 
 # Orbax raises what goes wrong and logs it too, as pages of nested tracebacks; the exception is enough.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+_unraisable = sys.unraisablehook
+
+
+def _unless_late(about) -> None:
+    """After one write has failed, each that was still under way would end in a page of stacks: its event loop has gone.
+
+    It happens in orbax's own thread and loop, out of reach from here; the failure itself has been raised.
+    """
+    if not (isinstance(about.exc_value, RuntimeError) and str(about.exc_value) == "Event loop is closed"):
+        _unraisable(about)
+
+
+sys.unraisablehook = _unless_late
 
 FORM = "zarr.json"  # in each array's folder: shape, dtype, chunks
 

@@ -180,8 +180,17 @@ def read(path: Path) -> Iterator[dict]:
                     yield record
 
 
-def _cannot_write(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{path}: cannot be written: {error.strerror}; mend that and start again")
+class RecordFailed(ConfigError):
+    """A record of a run under way could not be written; a launcher may try again, as after a save that failed.
+
+    On a disk that fills up it is chance which of the two is the first; a new start says if there is no room for it.
+    """
+
+    exit_status = 1
+
+
+def _cannot_write(path: Path, error: OSError, kind: type[ConfigError] = ConfigError) -> ConfigError:
+    return kind(f"{path}: cannot be written: {error.strerror}; mend that and start again")
 
 
 def plain(value):
@@ -226,7 +235,7 @@ class _Lines:
                 while line:  # an unbuffered write may take only a part
                     line = line[self._file.write(line) :]
             except OSError as error:
-                raise _cannot_write(self.path, error) from error
+                raise _cannot_write(self.path, error, RecordFailed) from error
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
