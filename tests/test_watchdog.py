@@ -12,6 +12,8 @@ HANG = """
 import sys, time, threading
 from tinyllama_jax.train.watchdog import Watchdog
 with Watchdog(0.5, slow_factor=4) as watchdog:
+    watchdog.patient("preparing the data")
+    time.sleep(3)
     watchdog.at("compiling", slow=True)
     time.sleep(1)
     print("compiled", flush=True)

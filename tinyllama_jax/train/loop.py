@@ -105,8 +105,9 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
         peers=peers,
         barrier_seconds=run.checkpoint.barrier_seconds,
     )
-    watchdog.at("preparing the data", slow=True)
+    watchdog.patient("preparing the data")
     store = start.open_store(run, progress, peers)
+    watchdog.at("building the data order", slow=True)
     mesh = make_mesh(run.mesh)
     mesh_rules.check(run, plan.stages, mesh.shape)
     share, shares = row_share(mesh, peers.index)

@@ -6,6 +6,7 @@ Waiting for ever is the worst that a run can do: it costs what training costs.  
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import statistics
 import sys
@@ -51,6 +52,11 @@ class Watchdog:
         self._what, self._since, self._limit = what, now, limit
         if self.seconds:  # a thread below the interpreter's: also where the interpreter's lock is never given back
             faulthandler.dump_traceback_later(limit + LAST_RESORT_SECONDS, exit=True, file=2)
+
+    def patient(self, what: str) -> None:
+        """The main thread begins `what`, which may take any time: preparing a corpus takes days."""
+        self._what, self._since, self._limit = what, time.monotonic(), math.inf
+        faulthandler.cancel_dump_traceback_later()
 
     def took(self, seconds: float) -> None:
         """A step took so long."""
