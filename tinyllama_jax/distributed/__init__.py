@@ -13,6 +13,7 @@ fails by itself publishes why, and the others end with its status.
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import os
 import socket
@@ -185,5 +186,6 @@ def _start_service(where: Place, peer_seconds: float) -> subprocess.Popen:
     if service.stdout.readline().strip() != "ready":
         said = " ".join(service.stderr.read().split())[-200:]
         raise ConfigError(f"the meeting point of the processes cannot listen on {bind}: {said}; is the port taken?")
-    threading.Thread(target=service.stderr.read, daemon=True).start()  # its log, which would fill the pipe
+    # Its log would fill the pipe; nobody reads it.
+    threading.Thread(target=collections.deque, args=(service.stderr, 0), daemon=True).start()
     return service
