@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 def test_three_minutes_of_faults_leave_no_trace(tmp_path):
     seed = "0" if os.environ.get("CI") else str(random.randrange(2**32))
     out = tmp_path / "soak.json"
-    options = ["--minutes", "3", "--seed", seed, "--workdir", str(tmp_path), "--out", str(out)]
+    options = ["--minutes", "3", "--seed", seed, "--processes", "1", "--workdir", str(tmp_path), "--out", str(out)]
     done = subprocess.run([sys.executable, TESTS / "soak.py", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())

@@ -29,6 +29,11 @@ from orbax.checkpoint import v1 as ocp
 # Orbax raises what goes wrong and logs it too, as pages of nested tracebacks; the exception is enough.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
+# Of a save that failed half way asyncio tells, too late, of each write that nobody waited for any more.
+logging.getLogger("asyncio").addFilter(
+    lambda record: not ("never retrieved" in record.getMessage() and f"{os.sep}orbax{os.sep}" in record.getMessage())
+)
+
 _unraisable = sys.unraisablehook
 
 
