@@ -19,9 +19,9 @@ def files_of(path: Path) -> dict:
 
 
 def fails(capsys, argv, status, *words):
-    """Runs `argv`; it must end with `status` and one line that holds all `words`."""
+    """Runs `argv`; it must end with `status`, or one of them, and one line that holds all `words`."""
     capsys.readouterr()
-    assert main([str(a) for a in argv]) == status
+    assert main([str(a) for a in argv]) in (status if isinstance(status, tuple) else (status,))
     captured = capsys.readouterr()
     said = [line for line in captured.err.splitlines() if line.startswith("tinyllama")]
     assert len(said) == 1, captured.err
@@ -287,7 +287,8 @@ def test_a_run_that_diverges_stops_and_says_where(capsys, small_store, tmp_path)
 def test_a_full_disk(capsys, finished, small_store, tiny_disk, tmp_path):
     """The run stops with one line; what was complete stays so, and with room again it ends as it would have."""
     workdir = tiny_disk / "run"
-    fails(capsys, quick(small_store, workdir), 78, "o space left")
+    # 1 if a save or a record met the full disk, which a launcher tries again; 78 if a file of the start did.
+    fails(capsys, quick(small_store, workdir), (1, 78), "o space left")
     fails(capsys, ["prepare", "python", "--out", tiny_disk / "store"], 78, "o space left")
     assert not (tiny_disk / "store" / "manifest.json").exists()
     assert not [p for p in tiny_disk.rglob("*") if ".tmp-" in p.name]
