@@ -28,6 +28,8 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS.parent))  # experiments/ is part of the repository, not of the installed package
 sys.path.insert(0, str(TESTS))
 
+from cannot import cannot  # noqa: E402
+
 
 def pytest_ignore_collect(collection_path, config):
     """Parity needs PyTorch to be imported at all: left alone unless asked for, and then its absence is an error."""
@@ -66,7 +68,7 @@ def slurm(tmp_path_factory):
 
     if absent := missing():
         say = f"{', '.join(absent)} not installed: tests/install_slurm.sh installs what Debian and Ubuntu have"
-        pytest.fail(say) if os.environ.get("CI") else pytest.skip(say)
+        cannot(say)
     with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 
@@ -98,7 +100,7 @@ def mount(tmp_path):
         disk = tmp_path / "disk"
         disk.mkdir()
         if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode:
-            pytest.skip("mounting a tmpfs is not permitted")
+            cannot("mounting a tmpfs is not permitted")
         mounted.append(disk)
         return disk
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cannot import cannot
 from hosts import Hosts, begun_again, free_port
 from many_hosts import PEER_SECONDS, command, kill_once, lines, run_to_the_end, same_run, steps_done
 
@@ -102,7 +103,7 @@ def two_hosts():
     names = [f"tl{os.getpid()}{letter}" for letter in "ab"]
     made = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True)
     if made.returncode:
-        pytest.skip(f"network namespaces are not permitted: {made.stderr.strip()}")
+        cannot(f"network namespaces are not permitted: {made.stderr.strip()}")
     ip("netns", "add", names[1])
     ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
     for i, name in enumerate(names):

@@ -92,8 +92,8 @@ class Link:
 
     def verdict(self, *, wait: bool) -> tuple[int, str] | None:
         """(exit status, reason) if another process is lost or has failed; waits for as long as that takes to show."""
-        if wait and self._found.wait(self.peer_seconds + CLOSE_SECONDS):
-            return self._lost
+        if wait:
+            self._found.wait(self.peer_seconds + CLOSE_SECONDS)
         return self._lost
 
     def _beat(self) -> None:
