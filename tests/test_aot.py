@@ -43,7 +43,7 @@ def test_the_published_run_fits_the_published_machine():
     status, value, _ = preflight("a100-40g:2x8")
     assert status == 0 and value["fits"] and value["as_written"]["fits"]
     check(value, devices=16, shards=8)
-    assert value["mesh"] == {"replica": 2, "data": 8}
+    assert value["mesh"] == {"replica": 2, "data": 8, "context": 1, "tensor": 1}
     assert value["micro_batch_tokens_per_device"] == 16_384 and value["largest_micro_batch"] >= 8
     assert value["attention"]["compiled"] != "cudnn" and value["compile_seconds"] > 0
     found = value["collectives"]
