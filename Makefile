@@ -1,6 +1,7 @@
 # Every target makes or refreshes its own virtual environment and touches nothing outside it.
 #   make demo       train a small model from nothing and write a report: runs/demo/report.html
-#   make test       all tests that need neither PyTorch nor device compilers
+#   make test       all tests that need neither PyTorch, nor device compilers, nor several processes
+#   make test-faults  processes that train together, are killed, stopped, cut off and left without disk: 10 minutes
 #   make test-full  the rest: parity with PyTorch, compiles for devices, Slurm
 #   make test-aot   of these the compiles for devices alone, without PyTorch
 #   make proof-hf-memory  import and export of 1.1B parameters stay below twice their size: 14 GB of disk, 5 minutes
@@ -29,7 +30,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-soak clean always
+.PHONY: help demo test test-faults test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-soak clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -78,6 +79,9 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	@$(RUN) -m pytest $(SPREAD) --timeout 300 $(TESTS)
+
+test-faults: $(VENV)/.dev
+	@$(RUN) -m pytest $(SPREAD) -m faults --timeout 900 $(TESTS)
 
 test-full: $(VENV)/.full
 	@$(FULL) -m pytest $(SPREAD) -m "parity or aot or slurm" --timeout 900 $(TESTS)

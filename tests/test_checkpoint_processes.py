@@ -7,6 +7,8 @@ import time
 import pytest
 from checkpoint_process import Group
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def group():

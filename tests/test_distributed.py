@@ -105,6 +105,7 @@ main(body)
 )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("environment", [None, slurm, openmpi], ids=["variables", "slurm", "openmpi"])
 def test_two_processes_meet_and_speak(environment):
     with Hosts(2, program(TALK), environment=environment) as hosts:
@@ -132,6 +133,7 @@ main(body)
 )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("stuck", [False, True], ids=["idle", "in a collective operation"])
 def test_a_killed_process_ends_the_other_with_one_line_that_names_it(victim, stuck):
@@ -161,6 +163,7 @@ main(body)
 )
 
 
+@pytest.mark.faults
 def test_a_process_that_fails_tells_the_other_why_and_both_end_with_its_status():
     with Hosts(2, program(FAIL)) as hosts:
         assert hosts.wait(60) == [78, 78]
@@ -179,6 +182,7 @@ main(body)
 )
 
 
+@pytest.mark.faults
 def test_what_all_say_is_said_once():
     with Hosts(2, program(SAME)) as hosts:
         assert hosts.wait(60) == [78, 78]
@@ -197,6 +201,7 @@ main(body, peer_seconds=60)
 )
 
 
+@pytest.mark.faults
 def test_a_barrier_names_who_is_late():
     with Hosts(2, program(LATE)) as hosts:
         assert hosts.wait(60) == [1, 1]
@@ -204,6 +209,7 @@ def test_a_barrier_names_who_is_late():
         assert "did not come to 'save 120' within 2 s" in hosts.said(0)
 
 
+@pytest.mark.faults
 def test_a_stopped_process_is_noticed_like_a_dead_one():
     with Hosts(2, program("STUCK = False\n" + WAIT)) as hosts:
         hosts.wait_until(lambda: all("BEGUN" in hosts.said(i) for i in range(2)), "the meeting")
@@ -233,6 +239,7 @@ main(body)
 )
 
 
+@pytest.mark.faults
 def test_a_run_that_starts_again_at_once_meets_itself_and_not_the_run_before():
     address = f"127.0.0.1:{free_port()}"
     for turn in ("first", "second", "third"):

@@ -16,7 +16,7 @@ from tinyllama_jax.schedules import Plan
 from tinyllama_jax.train import checkpoint
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 # The same program, held for a while between the end of the temporary write and the commit, so that a kill can be
 # aimed at that instant.  What is written, and how, is not touched.

@@ -17,7 +17,7 @@ from many_hosts import PEER_SECONDS, command, kill_once, lines, run_to_the_end, 
 
 from tinyllama_jax.train import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

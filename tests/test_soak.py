@@ -15,6 +15,7 @@ from soak_faults import Disk, damage
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a machine with much else to do ends the last run later
 def test_three_minutes_of_faults_leave_no_trace(tmp_path):
