@@ -82,7 +82,7 @@ class Soak:
         counts = (1,) if self.processes == 1 or self.chance.random() < 0.4 else (1, 2)
         exact, count, damaged = counts == (1,), counts[-1], {}
         print(f"run {self.tally['runs']} with {' or '.join(map(str, counts))} processes", file=sys.stderr, flush=True)
-        while self._time_left(deadline) and not self._complete(workdir):
+        while self._time_left(deadline) and not self._complete(workdir, damaged):
             if self.chance.random() < DAMAGED:
                 self._damage(workdir / "checkpoints", damaged)
             before, count = count, self.chance.choice(counts)
@@ -92,6 +92,8 @@ class Soak:
             if steps_done(workdir):
                 same_run(workdir, self.whole, exact=exact, so_far=True)
         self.tally["starts"] += 1
+        if self.chance.random() < DAMAGED:  # also the last one
+            self._damage(workdir / "checkpoints", damaged)
         self._finish(workdir, self.chance.choice(counts))
         self._judge(workdir, exact, damaged)
         shutil.rmtree(workdir)
@@ -99,8 +101,9 @@ class Soak:
     def _time_left(self, deadline: float) -> bool:
         return time.monotonic() + self.whole_seconds < deadline or sum(self.faults.values()) < FEWEST_FAULTS
 
-    def _complete(self, workdir: Path) -> bool:
-        return steps_done(workdir) == 3 * self.stage_steps and lines(workdir / "events.jsonl")[-1]["kind"] == "finished"
+    def _complete(self, workdir: Path, damaged: dict) -> bool:
+        total = 3 * self.stage_steps
+        return steps_done(workdir) == total and self._newest_good(workdir, damaged) == total
 
     def _hurt(self, workdir: Path, count: int, damaged: dict) -> None:
         name = self._draw(count)
@@ -174,6 +177,7 @@ class Soak:
         names = [path.name for path in (workdir / "checkpoints").iterdir()]
         assert not [name for name in names if ".tmp-" in name or name.endswith(".replaced")], names
         events, metrics = lines(workdir / "events.jsonl"), lines(workdir / "metrics.jsonl")
+        assert events[-1]["kind"] == "finished", f"its last event is {events[-1]}"
         shares = [goodput(events, metrics)["goodput"], *(m["timing"].get("goodput") for m in metrics)]
         assert all(s is None or math.isnan(s) or 0 <= s <= 1 for s in shares), "a goodput beyond 0 to 1"
         self.tally["steps"] += steps

@@ -136,6 +136,15 @@ def test_damage_is_set_aside_and_the_one_before_is_used(bucket, mesh, capfd, par
     assert "set aside" in capfd.readouterr().err
 
 
+def test_a_missing_object_is_noticed_without_a_download(bucket, mesh, tmp_path):
+    with Checkpoints(bucket, keep_temporary=3) as checkpoints:
+        checkpoints.save(1, state(mesh, 1), {}, permanent=False, blocking=True)
+        assert checkpoints.intact(1)
+        filesystem, _ = fsspec.core.url_to_fs(bucket)
+        filesystem.rm_file(next(path for path in files(bucket) if "/w/c/" in path))
+        assert not checkpoints.intact(1) and names(bucket) == ["00000001"]
+
+
 def test_what_was_never_complete_is_cleared_away_and_all_damaged_is_no_fresh_start(bucket, mesh):
     with Checkpoints(bucket, keep_temporary=3) as checkpoints:
         checkpoints.save(1, state(mesh, 1), {}, permanent=False, blocking=True)

@@ -203,10 +203,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(capsys, fi
     flip_a_bit(largest)
     with open(workdir / "run.json") as file:
         total = json.load(file)["plan"]["total_steps"]
-    # The end is gone, so the plan is lengthened in nothing: the run goes on from the checkpoint before.
-    (newest / "meta.json").write_text("{")
     capsys.readouterr()
-    assert main([str(a) for a in quick(small_store, workdir)]) == 0
+    assert main([str(a) for a in quick(small_store, workdir)]) == 0  # that of a run which had ended
     said = capsys.readouterr().err
     assert f"{newest.name}.corrupt" in said and f"resumed at step {int(before.name)}" in said
     assert [p.name for p in newest.parent.glob("*.corrupt*")]
@@ -216,12 +214,25 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(capsys, fi
     assert [m["loss"] for m in metrics] == [m["loss"] for m in whole]
 
 
+def test_a_run_that_was_killed_after_its_last_save_gets_its_last_line(capsys, finished, small_store, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    events = workdir / "events.jsonl"
+    *before, last = events.read_text().splitlines(keepends=True)
+    assert json.loads(last)["kind"] == "finished"
+    events.write_text("".join(before) + last[:9])
+    for _ in range(2):
+        assert main([str(a) for a in quick(small_store, workdir)]) == 0
+        assert "nothing left to do" in capsys.readouterr().err
+        *same, end = events.read_text().splitlines(keepends=True)
+        assert same == before and json.loads(end) | {"time": 0} == json.loads(last) | {"time": 0}
+
+
 def test_when_every_checkpoint_is_damaged_nothing_starts_over(capsys, finished, small_store, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     for path in (workdir / "checkpoints").iterdir():
         flip_a_bit(max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
-        (path / "meta.json").write_text("{")
     metrics = (workdir / "metrics.jsonl").read_bytes()
     assert main([str(a) for a in quick(small_store, workdir)]) == 78
     assert "every checkpoint is damaged" in capsys.readouterr().err

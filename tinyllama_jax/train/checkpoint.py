@@ -101,6 +101,17 @@ class Checkpoints:
 
         return self._together("checkpoints peeked at", newest)[0]
 
+    def intact(self, step: int) -> bool:
+        """Whether the files of a checkpoint are as they were written.  Renames nothing; every process must call it."""
+
+        def verified() -> bool:
+            try:
+                return not self._peers.lead or self._place.verify(step) is None
+            except durable.Damaged:
+                return False  # `restore` says so and sets it aside
+
+        return self._together(f"step {step} verified", verified)[0]
+
     def save(
         self,
         step: int,

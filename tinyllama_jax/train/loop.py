@@ -123,6 +123,8 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
     order = pipeline.order
     if start.is_finished(run, plan, store, order, checkpoints, allow_config_change=allow_config_change):
         start.say(f"{workdir}: finished at step {plan.total_steps}; nothing left to do", peers)
+        if peers.lead:
+            track.ensure_finished(workdir, plan.total_steps)
         return
     # Weights and two moments in float32; a new checkpoint is complete before the one it replaces is removed.
     if peers.lead and not run.checkpoint.directory:

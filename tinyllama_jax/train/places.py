@@ -75,6 +75,10 @@ class Folder:
     def meta(self, step: int) -> dict:
         return durable.verify(self.path(step), only="meta.json")
 
+    def verify(self, step: int) -> None:
+        """Raises Damaged unless every file is as it was written."""
+        durable.verify(self.path(step))
+
     def is_permanent(self, step: int) -> bool:
         return durable.is_permanent(self.path(step))
 
@@ -176,6 +180,12 @@ class Bucket:
             return json.loads((folder / "meta.json").read_text())
         finally:
             self.release(folder)
+
+    def verify(self, step: int) -> None:
+        """Raises Damaged when an object is missing; contents, which would cost a download, are the store's own care."""
+        missing = sorted(set(self._contents(step)) - set(self.storage.files(f"{step:08d}")))
+        if missing:
+            raise durable.Damaged(f"{self.path(step)}: {missing[0]}: no such object")
 
     def is_permanent(self, step: int) -> bool:
         try:

@@ -142,12 +142,15 @@ def is_finished(
     *,
     allow_config_change: bool,
 ) -> bool:
-    """Whether the newest checkpoint is the plan's end; raises ConfigError if it is of another configuration."""
+    """Whether the newest checkpoint is the plan's end and undamaged, so that the run can be used.
+
+    Raises ConfigError if it is of another configuration.
+    """
     meta = checkpoints.peek()
     if meta is None:
         return False
     check_resume(run, meta, store, order, allow_config_change=allow_config_change)
-    return meta["tokens"] == plan.total_tokens
+    return meta["tokens"] == plan.total_tokens and checkpoints.intact(plan.total_steps)
 
 
 def begin(

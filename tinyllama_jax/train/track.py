@@ -89,8 +89,7 @@ class Tracker:
         self._samples.write(record)
 
     def event(self, kind: str, **fields) -> None:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self._events.write({"time": now, "kind": kind, **fields})
+        self._events.write(_event(kind, fields))
         if kind == "start":
             self._goodput.started(time.time() - fields.get("seconds", 0.0))
 
@@ -105,6 +104,22 @@ class Tracker:
             adapter.close()
         for lines in (self._metrics, self._validation, self._samples, self._events):
             lines.close()
+
+
+def ensure_finished(run_dir: Path, step: int) -> None:
+    """Adds the event `finished` for a run that was killed between its last save and that line."""
+    events = _Lines(run_dir / "events.jsonl")
+    since_start = []
+    for event in read(events.path):
+        since_start = [] if event.get("kind") == "start" else [*since_start, event.get("kind")]
+    if "finished" not in since_start:
+        events.write(_event("finished", {"step": step}))
+    events.close()
+
+
+def _event(kind: str, fields: dict) -> dict:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    return {"time": now, "kind": kind, **fields}
 
 
 class Silence:
