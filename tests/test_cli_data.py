@@ -36,7 +36,7 @@ def test_steps_give_the_answer_of_the_whole(capsys, words, tmp_path):
 def test_the_plan_says_what_comes_next(capsys, words, tmp_path):
     assert main(["prepare", "plan", *words[:-1], "--out", str(tmp_path / "store")]) == 0
     shown = capsys.readouterr().out
-    for step in ("prepare run", "sbatch --array=0-", "prepare finalize"):
+    for step in ("launch prepare", "prepare run", "prepare finalize"):
         assert step in shown
 
 

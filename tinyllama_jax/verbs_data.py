@@ -51,10 +51,9 @@ def plan(args: argparse.Namespace) -> None:
     }
     lines = [
         f"{value['plan']}: {n:,} items of {inputs:,} files, {size / 1e9:.2f} GB; SHA-256 {frozen.sha256}",
-        f"next, on as many machines as there are: tinyllama prepare run --out {args.out} --items 0:{n}",
-        f"  as a SLURM array: sbatch --array=0-{tasks - 1} --wrap "
-        f"'tinyllama prepare run --out {args.out} --items $SLURM_ARRAY_TASK_ID/{tasks}'",
-        f"and then, once:  tinyllama prepare finalize --out {args.out}",
+        f"next, on a cluster: tinyllama launch prepare --out {args.out} --items {tasks} --on slurm  (or gke, tpu, sky)",
+        f"or by hand, on as many machines as there are: tinyllama prepare run --out {args.out} --items 0:{n}",
+        f"and then, once: tinyllama prepare finalize --out {args.out}",
     ]
     answer(args, value, lines)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tinyllama_jax.config import Data, Execution, Mesh, Model, Run, Stage
 from tinyllama_jax.flops import flops_per_token
 from tinyllama_jax.preflight import assumptions, roofline, targets
-from tinyllama_jax.presets import preset
+from tinyllama_jax.presets import llama, preset
 from tinyllama_jax.schedules import Plan
 
 
@@ -79,20 +79,6 @@ def _gpt(layers: int, d_model: int, heads: int, *, vocab_size: int, context_toke
         d_ff=round(8 * d_model / 3),
         context_tokens=context_tokens,
         tied_embeddings=True,
-    )
-
-
-def _llama(layers, d_model, heads, kv_heads, d_ff, vocab_size, context_tokens, tied=False) -> Model:
-    return Model(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=d_model // heads,
-        d_ff=d_ff,
-        context_tokens=context_tokens,
-        tied_embeddings=tied,
     )
 
 
@@ -182,7 +168,7 @@ ANCHORS: dict[str, Anchor] = {
             name="llama3-8b-torchtitan-a100-80g",
             source="torchtitan@d4c86e3^ docs/performance.md",
             target="a100-80g:8x8",
-            model=_llama(32, 4096, 32, 8, 14336, 128_256, 8192),
+            model=llama(32, 4096, 32, 8, 14336, vocab_size=128_256, context_tokens=8192),
             sequence_tokens=8192,
             rows=1,
             remat="save_dots",
@@ -204,7 +190,7 @@ ANCHORS: dict[str, Anchor] = {
             name="olmo-1b-h100",
             source="OLMo-core@e27ba74 README (November 2024)",
             target="h100:8",
-            model=_llama(18, 2048, 16, 16, 5632, 100_352, 4096),
+            model=llama(18, 2048, 16, 16, 5632, vocab_size=100_352, context_tokens=4096),
             sequence_tokens=4096,
             rows=8,
             tokens_per_s=55_000,
@@ -258,7 +244,7 @@ ANCHORS: dict[str, Anchor] = {
             name="llama3.2-1b-levanter-v4",
             source="marin issues 1826, 1864",
             target="v4:2x2x1",
-            model=_llama(16, 2048, 32, 8, 8192, 128_256, 4096, tied=True),
+            model=llama(16, 2048, 32, 8, 8192, vocab_size=128_256, context_tokens=4096, tied_embeddings=True),
             sequence_tokens=4096,
             rows=8,
             remat="full",
@@ -269,7 +255,7 @@ ANCHORS: dict[str, Anchor] = {
             name="llama3.1-8b-maxtext-v6e",
             source="maxtext docs/reference/models/tiering.md",
             target="v6e:16x16",
-            model=_llama(32, 4096, 32, 8, 14336, 128_256, 8192),
+            model=llama(32, 4096, 32, 8, 14336, vocab_size=128_256, context_tokens=8192),
             sequence_tokens=8192,
             rows=2,
             remat=KEEP,
@@ -280,7 +266,7 @@ ANCHORS: dict[str, Anchor] = {
             name="llama2-70b-maxtext-v5p",
             source="maxtext docs/reference/models/tiering.md",
             target="v5p:8x8x8",
-            model=_llama(80, 8192, 64, 8, 28672, 32_000, 4096),
+            model=llama(80, 8192, 64, 8, 28672, vocab_size=32_000, context_tokens=4096),
             sequence_tokens=4096,
             rows=4,
             remat=KEEP,

@@ -253,7 +253,10 @@ class _Lines:
                 raise _cannot_write(self.path, error, RecordFailed) from error
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:  # a disk that takes blocks only now, as over a network
+            raise _cannot_write(self.path, error, RecordFailed) from error
 
     def close(self) -> None:
         self._file.close()
