@@ -13,7 +13,7 @@ from quick_experiment import quick
 
 from tinyllama_jax import config
 from tinyllama_jax.schedules import Plan
-from tinyllama_jax.train import track
+from tinyllama_jax.train import json_lines, track
 from tinyllama_jax.train.adapters import Adapter
 from tinyllama_jax.train.track import Tracker
 
@@ -208,7 +208,7 @@ def fails_soft(directory, capfd, name, **tracking):
     said = capfd.readouterr().err
     assert said.count(f"{name} is off: ") == 1 and said.count("metrics.jsonl goes on") == 1, said
     assert "Traceback" not in said and "Warning" not in said
-    steps = [record["step"] for record in track.read(directory / "metrics.jsonl")]
+    steps = [record["step"] for record in json_lines.read(directory / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4]
     return said
 
@@ -273,4 +273,4 @@ tracker.close()
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"{name} is off: ") == 1 and "Traceback" not in done.stderr, done.stderr
     assert "No space left" in done.stderr or "full" in done.stderr
-    assert len(list(track.read(run_dir / "metrics.jsonl"))) == 100
+    assert len(list(json_lines.read(run_dir / "metrics.jsonl"))) == 100

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinyllama_jax import config
 from tinyllama_jax.schedules import Plan
-from tinyllama_jax.train import track
+from tinyllama_jax.train import json_lines
 from tinyllama_jax.train.track import Tracker
 
 RECORDS = ("metrics.jsonl", "validation.jsonl", "samples.jsonl")
@@ -83,7 +83,7 @@ def test_starting_afresh_empties_the_records_but_keeps_the_history(tmp_path, pla
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_floats_are_read_back_exactly(value):
-    assert json.loads(json.dumps(track.plain({"loss": value})))["loss"] == value
+    assert json.loads(json.dumps(json_lines.plain({"loss": value})))["loss"] == value
 
 
 def test_every_line_is_strict_json(tmp_path, plan):
@@ -135,7 +135,9 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, plan, capfd, monkeypatch):
 def test_a_full_disk_is_one_line_and_the_incomplete_line_is_dropped_on_resume(mount, plan):
     disk = mount("size=64k")
     tracker = open_tracker(disk, plan)
-    with pytest.raises(track.RecordFailed, match="metrics.jsonl: cannot be written: No space left on device") as full:
+    with pytest.raises(
+        json_lines.RecordFailed, match="metrics.jsonl: cannot be written: No space left on device"
+    ) as full:
         for step in range(1, 1000):
             tracker.step({"step": step, "tokens": step, "loss": 1.0, "padding": "x" * 333})
     assert full.value.exit_status == 1, "as a save that fails: a launcher may start it again"
