@@ -1,5 +1,6 @@
-"""Checkpoints in an object store: a real S3 server on this machine, and fsspec's own store in memory."""
+"""Checkpoints in an object store: servers of S3 and Google's kind on this machine, and fsspec's own store in memory."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -23,32 +24,61 @@ from tinyllama_jax.train import checkpoint_files
 from tinyllama_jax.train.checkpoint import Checkpoints
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """The address of an S3 server on the loopback."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(address, timeout=5).close()
+    except urllib.error.HTTPError:  # an answer, too
+        return True
+    except (urllib.error.URLError, ConnectionError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def server(*command: str):
+    """The address of a server on the loopback, once it answers; `command` is a module and its options."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = str(probe.getsockname()[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    argv = [sys.executable, "-m", *(word.format(port=port) for word in command)]
+    process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert server.poll() is None
-                time.sleep(0.1)
+        while not answers(f"http://127.0.0.1:{port}/"):
+            assert process.poll() is None
+            time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait()
 
 
-@pytest.fixture(params=["s3", "memory"])
+@pytest.fixture(scope="module")
+def s3():
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    with server("moto.server", "-H", "127.0.0.1", "-p", "{port}") as address:
+        yield {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+@pytest.fixture(scope="module")
+def gs():
+    kinds = "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"  # of buckets, of which only Google itself can tell; read on import
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(kinds, "false")
+        pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    options = ("start", "--host", "127.0.0.1", "--port", "{port}", "--in-memory")
+    with server("gcp_storage_emulator", *options) as address:
+        yield {"STORAGE_EMULATOR_HOST": address, kinds: "false"}
+
+
+@pytest.fixture(params=["s3", "gs", "memory"])
 def bucket(request, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "local"))
     (tmp_path / "local").mkdir()
@@ -58,17 +88,11 @@ def bucket(request, monkeypatch, tmp_path):
         yield f"memory://{name}/run"
         fsspec.filesystem("memory").store.clear()
         return
-    endpoint = request.getfixturevalue("s3")
-    for variable, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
+    for variable, value in request.getfixturevalue(request.param).items():
         monkeypatch.setenv(variable, value)
-    fsspec.filesystem("s3").clear_instance_cache()
-    fsspec.filesystem("s3").mkdir(name)
-    yield f"s3://{name}/run"
+    fsspec.filesystem(request.param).clear_instance_cache()
+    fsspec.filesystem(request.param).mkdir(name)
+    yield f"{request.param}://{name}/run"
 
 
 @pytest.fixture
