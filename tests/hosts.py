@@ -87,10 +87,13 @@ class Hosts:
             ended = [p.poll() for p in self.processes]
             if None not in ended:
                 self._raise_if_hung()
-            texts = "\n".join(self.said(i)[-1500:] for i in range(len(ended)))
-            assert any(status is None for status in ended), f"all ended ({ended}) before {what}:\n{texts}"
-            assert time.monotonic() < end, f"{what} did not happen:\n{texts}"
+                assert condition(), f"all ended ({ended}) before {what}:\n{self._all_said()}"
+                return  # it has come about since it was asked
+            assert time.monotonic() < end, f"{what} did not happen:\n{self._all_said()}"
             time.sleep(0.01)
+
+    def _all_said(self) -> str:
+        return "\n".join(self.said(i)[-1500:] for i in range(len(self.processes)))
 
     def kill(self, i: int, number: int = signal.SIGKILL) -> None:
         self.processes[i].send_signal(number)
