@@ -3,6 +3,7 @@
 #   make test       all tests that need neither PyTorch, nor device compilers, nor several processes
 #   make test-faults  processes that train together, are killed, stopped, cut off and left without disk: 10 minutes
 #   make test-full  the rest: parity with PyTorch, compiles for devices, Slurm
+#   make test-sky   SkyPilot itself reads what is rendered for it
 #   make test-aot   of these the compiles for devices alone, without PyTorch
 #   make proof-hf-memory  import and export of 1.1B parameters stay below twice their size: 14 GB of disk, 5 minutes
 #   make proof-preflight  the 1.1B step compiled for six machines that are not here: 15 minutes
@@ -30,7 +31,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-soak clean always
+.PHONY: help demo test test-faults test-sky test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-soak clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -74,6 +75,9 @@ $(VENV)/.full: $(VENV)/.dev
 $(VENV)/.aot: $(VENV)/.dev
 	$(call on_top,aot,preflight)
 
+$(VENV)/.sky: $(VENV)/.dev
+	$(call on_top,sky,sky)
+
 demo: $(VENV)/.run
 	@$(RUN) -m tinyllama_jax demo --workdir runs/demo
 
@@ -85,6 +89,9 @@ test-faults: $(VENV)/.dev
 
 test-full: $(VENV)/.full
 	@$(FULL) -m pytest $(SPREAD) -m "parity or aot or slurm" --timeout 900 $(TESTS)
+
+test-sky: $(VENV)/.sky
+	@$(VENV)/sky/bin/python -m pytest -q -k skypilot tests/test_launch.py
 
 test-aot: $(VENV)/.aot
 	@$(AOT) -m pytest $(SPREAD) -m aot --timeout 900 $(TESTS)
