@@ -9,7 +9,7 @@
 #   make proof-preflight  the 1.1B step compiled for six machines that are not here: 15 minutes
 #   make proof-data  a million generated documents, killed ten times on the way: the same store byte for byte; 20 GB
 #   make proof-loader  the loader over 10^8 and 10^9 tokens: speed, start, seek, memory: 3 minutes
-#   make proof-kills  two and four processes, one at a time killed 20 times: no step lost, none twice; half an hour
+#   make proof-kills  two and four processes, one at a time killed 20 times: no step lost, none twice; 20 minutes
 #   make proof-soak  an hour of runs that are killed, stopped, damaged and short of disk: as if nothing had happened
 #   make lint | bench | clean
 

@@ -1,6 +1,6 @@
 """Proof that a run loses no step, and does none twice, when its processes are killed one at a time.
 
-    make proof-kills        # half an hour on two cores
+    make proof-kills        # 20 minutes on two cores
 
 Trains a small run with two processes, then with four, as the command a user types.  One of them, chosen by chance, is
 killed (-9) at an instant chosen by chance; the others must end by themselves with status 1 and one line that names it;
