@@ -1,6 +1,7 @@
 """Checkpoints in an object store: servers of S3 and Google's kind on this machine, and fsspec's own store in memory."""
 
 import contextlib
+import importlib
 import os
 import socket
 import subprocess
@@ -55,8 +56,6 @@ def server(*command: str):
 
 @pytest.fixture(scope="module")
 def s3():
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
     with server("moto.server", "-H", "127.0.0.1", "-p", "{port}") as address:
         yield {
             "AWS_ENDPOINT_URL": address,
@@ -71,8 +70,7 @@ def gs():
     kinds = "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"  # of buckets, of which only Google itself can tell; read on import
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kinds, "false")
-        pytest.importorskip("gcsfs")
-    pytest.importorskip("gcp_storage_emulator")
+        importlib.import_module("gcsfs")
     options = ("start", "--host", "127.0.0.1", "--port", "{port}", "--in-memory")
     with server("gcp_storage_emulator", *options) as address:
         yield {"STORAGE_EMULATOR_HOST": address, kinds: "false"}

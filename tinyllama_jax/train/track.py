@@ -12,6 +12,7 @@ step, so that apart from `timing` they end up as if nothing had happened.  What 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import sys
@@ -101,13 +102,10 @@ class Tracker:
 
 def ensure_finished(run_dir: Path, step: int) -> None:
     """Adds the event `finished` for a run that was killed between its last save and that line."""
-    events = Lines(run_dir / "events.jsonl")
-    since_start = []
-    for event in read(events.path):
-        since_start = [] if event.get("kind") == "start" else [*since_start, event.get("kind")]
-    if "finished" not in since_start:
-        events.write(_event("finished", {"step": step}))
-    events.close()
+    with contextlib.closing(Lines(run_dir / "events.jsonl")) as events:
+        marks = [kind for event in read(events.path) if (kind := event.get("kind")) in ("start", "finished")]
+        if marks[-1:] != ["finished"]:
+            events.write(_event("finished", {"step": step}))
 
 
 def _event(kind: str, fields: dict) -> dict:
