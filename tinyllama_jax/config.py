@@ -8,13 +8,14 @@ produces are its *identity* (`configio.identity`); everything under `execution`,
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tinyllama_jax.errors import ConfigError
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: object, message: str) -> None:
     if not condition:
         raise ConfigError(message)
 
@@ -130,9 +131,14 @@ class Data:
     # network storage reads 64 together several times faster.
     shuffle_block_windows: int = 1
     skip_ranges: tuple[tuple[int, int], ...] = ()  # batches [first, last) that are stepped over, each in one stage
+    # Train on a view of the store with so many unique tokens, in proportion to its domains; 0 = on all of it.  Of two
+    # budgets with one `unique_seed` the smaller lies inside the larger.
+    unique_tokens: int = 0
+    unique_seed: int = 0
 
     def __post_init__(self):
         _require(bool(self.store), "data.store is empty; it names the token store's directory")
+        _require(self.unique_tokens >= 0, f"data.unique_tokens is {self.unique_tokens}; it must be 0 (all) or more")
         _require(self.sequence_tokens > 0, f"data.sequence_tokens is {self.sequence_tokens}; it must be positive")
 
 
@@ -213,7 +219,7 @@ class Optimizer:
 class Fork:
     """Start from another run's checkpoint: its weights, optimizer state, step and place in the data."""
 
-    run: str  # the parent's run directory; relative to the current directory
+    run: str  # the parent's run directory, relative to the current one; @NAME = the run of that name in the same sweep
     tokens: int  # the parent's checkpoint at exactly this many tokens
 
     def __post_init__(self):
@@ -311,19 +317,27 @@ class Health:
 class Evaluation:
     every_tokens: int = 0  # validation each time another multiple is passed, and at the end; 0 = stage ends only
     sequences: int = 64  # validation windows per domain; 0 = all
+    # The first so many training windows of each source are measured beside them, from the end of the first batch on:
+    # how much lower their loss is tells what was memorised.
+    seen_sequences: int = 0
     batch_sequences: int = 8
     prompts: tuple[str, ...] = ()  # continued at each stage's end, for the report
     sample_tokens: int = 64
     sample_temperature: float = 0.7  # 0 = greedy
     sample_top_p: float = 0.9
+    beyond_tokens: tuple[int, ...] = ()  # lengths of windows in which `measure` takes the finished run's loss too,
+    beyond_ropes: tuple[Literal["as-trained", "linear", "ntk", "yarn"], ...] = ()  # with RoPE so; empty = all that suit
+    decode: tuple[str, ...] = ()  # where `measure` times generation, such as 8x512: 8 rows behind 512 tokens each
 
     def __post_init__(self):
-        for name in ("every_tokens", "sequences"):
+        for name in ("every_tokens", "sequences", "seen_sequences"):
             _require(getattr(self, name) >= 0, f"evaluation.{name} is negative")
         for name in ("batch_sequences", "sample_tokens"):
             _require(getattr(self, name) > 0, f"evaluation.{name} must be positive")
         _require(self.sample_temperature >= 0, "evaluation.sample_temperature is negative")
         _require(0 < self.sample_top_p <= 1, "evaluation.sample_top_p must lie in (0, 1]")
+        sized = [re.fullmatch(r"[1-9]\d*x[1-9]\d*", pair) for pair in self.decode]
+        _require(all(sized), f"evaluation.decode={list(self.decode)}: each must be rows x tokens, such as 8x512")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,6 +378,10 @@ class Run:
             length <= self.model.context_tokens,
             f"data.sequence_tokens={length} exceeds model.context_tokens={self.model.context_tokens}",
         )
+        longer = self.evaluation.beyond_tokens
+        why = f"each, like data.sequence_tokens={length}, must divide the longest, and none be shorter than that"
+        fits = all(n >= length and max(longer) % n == 0 for n in longer and (*longer, length))
+        _require(fits, f"evaluation.beyond_tokens={list(longer)}: {why}")
         for stage in self.curriculum:
             _require(
                 stage.batch_tokens % length == 0,

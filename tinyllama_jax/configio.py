@@ -207,6 +207,8 @@ def identity(run: Run, begun_tokens: int | None = None) -> dict:
     full = to_dict(run)
     kept = {name: full[name] for name in ("seed", "model", "lr", "optimizer", "fork")}
     kept["data"] = {k: v for k, v in full["data"].items() if k not in ("store", "cache")}
+    if not run.data.unique_tokens:  # as runs were named before there were budgets
+        del kept["data"]["unique_tokens"], kept["data"]["unique_seed"]
     if run.data.recipe is None:  # without a recipe the store's own name is all that identifies the text
         kept["data"]["store_name"] = os.path.basename(os.path.normpath(run.data.store))
     if run.fork:

@@ -97,6 +97,31 @@ class Pipeline:
             for part in np.split(mine, range(PART_ROWS, mine.size, PART_ROWS)):
                 yield part, self._splits[index].read(window[part], self.window_tokens)
 
+    def first(self, count: int) -> tuple[dict[str, Windows], int]:
+        """The first `count` different windows of each source in the order of the first stage, all of a source that has
+        fewer, and the number of steps after which every one of them was trained on.  The same on every host."""
+        stage = self.plan.stages[0]
+        wanted = {
+            index: min(count, split.windows(self.window_tokens))
+            for index, (name, split) in enumerate(zip(self.order.sources, self._splits, strict=True))
+            if stage.stage.mixture.get(name, 0) > 0
+        }
+        found: dict[int, dict[int, None]] = {index: {} for index in wanted}  # sets that keep their order
+        step = stage.start_step
+        while step < stage.end_step and any(len(found[index]) < n for index, n in wanted.items()):
+            source, window = self.order.rows(step, 0, stage.batch_sequences)
+            for index, seen in found.items():
+                seen |= dict.fromkeys(window[source == index].tolist())
+            step += 1
+        windows = {
+            self.order.sources[index]: self._splits[index].read(
+                np.array(list(seen)[: wanted[index]]), self.window_tokens
+            )
+            for index, seen in found.items()
+            if seen
+        }
+        return windows, step
+
     def iterate(self, start_step: int, stop_step: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for start_step <= step < stop_step, read ahead by one thread.
 

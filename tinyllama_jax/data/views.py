@@ -48,7 +48,8 @@ def make_view(store: TokenStore, tokens: dict[str, int] | int, out: str | Path, 
         raise DataError(f"{out}: lies inside of the store that it is to be a view of; name another --out")
     windows = _windows(store, tokens)
     view_of = {"path": _path(store, out), "manifest_sha256": store.manifest_sha256, "seed": seed}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # Another process may be making the same view: what it has half written is nobody else's store.
+    if out.exists() and (not out.is_dir() or any(not e.name.startswith(f".{MANIFEST}.tmp-") for e in out.iterdir())):
         _require_same(out, view_of, windows)
         return out
     manifest = {

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, reshard
+from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.data.pipeline import valid_targets
@@ -16,7 +18,7 @@ from tinyllama_jax.data.store import TokenStore, Windows
 from tinyllama_jax.distributed import ALONE, Peers
 from tinyllama_jax.distributed.together import compiled_together
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.loss import cross_entropy
+from tinyllama_jax.loss import token_nll
 from tinyllama_jax.model import transformer
 from tinyllama_jax.sharding import place, striped, token_sharding
 
@@ -66,22 +68,27 @@ class Validator:
 
         def batch_loss(params: Any, batch: dict[str, jax.Array]):
             x_BTD = transformer.hidden(params, batch["tokens"], model, execution, documents_BT=batch.get("documents"))
-            return cross_entropy(
+            nll_BT = token_nll(
                 x_BTD,
                 transformer.head_kernel(params, model),
                 batch["targets"],
-                batch["valid"],
                 chunk_tokens=execution.loss_chunk_tokens,
             )
+            valid_BT = reshard(batch["valid"], jax.typeof(nll_BT).sharding.spec)
+            return reshard(jnp.sum(jnp.where(valid_BT, nll_BT, 0.0), axis=1), P(None))  # every process has all rows
 
         self.batch_loss = compiled_together(jax.jit(batch_loss), peers, "validation", barrier_seconds)
 
-    def __call__(self, params: Any) -> dict[str, dict[str, float]]:
-        """{domain: {loss (nats per token), bits_per_byte, tokens, bytes}}."""
-        return {domain: self._measure(params, found) for domain, found in self.windows.items()}
+    def __call__(self, params: Any, windows: HeldOut | None = None) -> dict[str, dict[str, float]]:
+        """{domain: {loss (nats per token), loss_se, bits_per_byte, tokens, bytes}}, of these windows or its own.
+
+        loss_se is the standard error over windows, whose tokens are not independent of each other; NaN for one window.
+        """
+        windows = self.windows if windows is None else windows
+        return {domain: self._measure(params, found) for domain, found in windows.items()}
 
     def _measure(self, params: Any, windows: Windows) -> dict[str, float]:
-        nll, tokens, size = 0.0, 0, 0
+        nll, tokens, size = [], [], 0  # by window
         spec, context = token_sharding(self.mesh).spec, self.mesh.shape["context"]
         for start in range(0, len(windows.tokens_NT), self.rows):
             rows = Windows(*(array[start : start + self.rows] for array in windows))
@@ -97,11 +104,21 @@ class Validator:
                 **({"documents": documents_BW[:, :-1]} if self.document_masking else {}),
             }
             batch = {name: place(striped(x, context), self.mesh, spec) for name, x in batch.items()}
-            batch_nll, batch_tokens = self.batch_loss(params, batch)
-            nll, tokens = nll + float(batch_nll), tokens + int(batch_tokens)
-        return {
-            "loss": nll / max(tokens, 1),
-            "bits_per_byte": nll / (math.log(2) * max(size, 1)),
-            "tokens": tokens,
-            "bytes": size,
-        }
+            batch_nll_B = np.asarray(self.batch_loss(params, batch), np.float64)
+            nll.append(batch_nll_B[: len(valid_BT)])
+            tokens.append(valid_BT.sum(1))
+        return summary(np.concatenate(nll), np.concatenate(tokens), size)
+
+
+def summary(nll_N: np.ndarray, tokens_N: np.ndarray, size: int) -> dict[str, float]:
+    """Of sums over windows: a ratio's standard error, for the windows need not have equally many valid tokens."""
+    nll, tokens, windows = float(nll_N.sum()), int(tokens_N.sum()), len(nll_N)
+    loss = nll / max(tokens, 1)
+    off = ((nll_N - loss * tokens_N) ** 2).sum()
+    return {
+        "loss": loss,
+        "loss_se": math.sqrt(off * windows / (windows - 1)) / max(tokens, 1) if windows > 1 else math.nan,
+        "bits_per_byte": nll / (math.log(2) * max(size, 1)),
+        "tokens": tokens,
+        "bytes": size,
+    }

@@ -106,7 +106,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
         barrier_seconds=run.checkpoint.barrier_seconds,
     )
     watchdog.patient("preparing the data")
-    store = start.open_store(run, progress, peers)
+    store = start.open_store(run, workdir, progress, peers)
     watchdog.at("building the data order", slow=True)
     mesh = make_mesh(run.mesh)
     mesh_rules.check(run, plan.stages, mesh.shape)
@@ -135,7 +135,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
         watchdog.at("restoring", slow=True)
         restoring = time.monotonic()
         done, state, how = start.begin(
-            run, plan, store, order, checkpoints, target, mesh, peers, allow_config_change=allow_config_change
+            run, plan, store, order, checkpoints, target, mesh, workdir, peers, allow_config_change=allow_config_change
         )
         restore_s = time.monotonic() - restoring if how.startswith("resumed") else 0.0
         if peers.lead:
@@ -154,7 +154,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
                 contextlib.closing(Profile(tracking, workdir / "profile")) as profile,
             ):
                 _steps(
-                    *(run, plan, store, batches, order, mesh, state, done),
+                    *(run, plan, store, batches, pipeline, mesh, state, done),
                     *(checkpoints, tracker, profile, peers, stop, watchdog),
                 )
         finally:
@@ -162,7 +162,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
 
 
 def _steps(
-    run, plan, store, batches, order, mesh, state, done, checkpoints, tracker, profile, peers, stop, watchdog
+    run, plan, store, batches, pipeline, mesh, state, done, checkpoints, tracker, profile, peers, stop, watchdog
 ) -> None:
     """From `done` steps to the end of the plan."""
     train_step = ballot.with_wants(step.make_train_step(run), mesh, peers, run.checkpoint.barrier_seconds)
@@ -179,6 +179,8 @@ def _steps(
         peers=peers,
         barrier_seconds=run.checkpoint.barrier_seconds,
     )
+    seen, seen_after = pipeline.first(run.evaluation.seen_sequences) if run.evaluation.seen_sequences else ({}, 0)
+    order = pipeline.order
     prompts = [prompt_tokens(tokenizer, store.manifest["document_marks"], p) for p in run.evaluation.prompts]
     room = run.model.context_tokens - max(map(len, prompts), default=0)
     if room < 1:  # better now than at the first stage's end
@@ -215,11 +217,11 @@ def _steps(
     def validate(at: int) -> None:
         before = time.perf_counter()
         watchdog.at(f"validation at step {at}", slow=True)
-        domains = validator(state["params"])
+        record = {"step": at, "tokens": plan.tokens_at(at), "domains": validator(state["params"])}
+        if seen and at >= seen_after:
+            record["seen"] = validator(state["params"], seen)
         seconds = time.perf_counter() - before
-        tracker.validation(
-            {"step": at, "tokens": plan.tokens_at(at), "domains": domains, "timing": {"seconds": seconds}}
-        )
+        tracker.validation(record | {"timing": {"seconds": seconds} | peak_memory()})
         tracker.event("evaluated", step=at, seconds=seconds)
 
     def sample(at: int) -> None:
@@ -330,6 +332,13 @@ def _steps(
     except CheckpointError as error:
         raise SaveFailed(str(error)) from error
     tracker.event("finished", step=plan.total_steps)
+
+
+def peak_memory() -> dict[str, int]:
+    """{"peak_memory_bytes": the most that a device of this process has held so far}; {} on devices that do not tell."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
+    return {"peak_memory_bytes": max(peaks)} if peaks else {}
 
 
 def _passes(before: int, after: int, every: int) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -18,6 +20,7 @@ from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.plan import silent
 from tinyllama_jax.data.prepare import prepare
 from tinyllama_jax.data.store import MANIFEST, TokenStore
+from tinyllama_jax.data.views import make_view
 from tinyllama_jax.distributed import ALONE, Peers
 from tinyllama_jax.errors import CheckpointError, ConfigError, DataError
 from tinyllama_jax.schedules import Plan
@@ -48,17 +51,20 @@ def checkpoint_directory(run: Run, workdir: Path) -> str | Path:
     return run.checkpoint.directory or workdir / "checkpoints"
 
 
-def open_store(run: Run, progress=None, peers: Peers = ALONE) -> TokenStore:
-    """The run's token store, made by its recipe when it is missing: by process 0, while the others wait.
+def open_store(run: Run, workdir: Path, progress=None, peers: Peers = ALONE) -> TokenStore:
+    """The run's token store, made by its recipe when it is missing: by process 0, while the others wait.  With a
+    budget of unique tokens the view of it: beside a local store, for all runs that have the same budget, and in the
+    run directory where the store is in a bucket.
 
-    Raises DataError when it is missing without a recipe, damaged, or marked otherwise than the run asks.
+    Raises DataError when it is missing without a recipe, damaged, smaller than the budget, or marked otherwise than
+    the run asks.
     """
     if peers.lead:
-        store = _open_store(run, progress)
+        store = _view(run, _open_store(run, progress), workdir)
         peers.tell("store", store.manifest_sha256)
         return store
     expected = peers.tell("store")
-    store = _open_store(run, progress)
+    store = _view(run, _open_store(run, progress), workdir)
     if store.manifest_sha256 != expected:
         raise DataError(f"{store.path}: another token store here than on {peers.names[0]}; share it or copy it again")
     return store
@@ -84,6 +90,14 @@ def _open_store(run: Run, progress) -> TokenStore:
     return store
 
 
+def _view(run: Run, store: TokenStore, workdir: Path) -> TokenStore:
+    if not run.data.unique_tokens:
+        return store
+    name = f"u{run.data.unique_tokens}-s{run.data.unique_seed}"
+    path = workdir / "view" if store.storage.remote else Path(f"{os.path.normpath(run.data.store)}-views") / name
+    return TokenStore.open(make_view(store, run.data.unique_tokens, path, seed=run.data.unique_seed))
+
+
 def check_resume(run: Run, meta: dict, store: TokenStore, order: Order, *, allow_config_change: bool) -> list[str]:
     """What differs between this run and the checkpoint it would continue; raises ConfigError unless allowed.
 
@@ -104,13 +118,26 @@ def check_resume(run: Run, meta: dict, store: TokenStore, order: Order, *, allow
     return changes
 
 
-def fork_checkpoint(run: Run, store: TokenStore) -> tuple[Path, dict]:
+def sibling(name: str, workdir: Path) -> Path:
+    """The run directory beside `workdir` whose run is called `name`.  Raises CheckpointError when there is none."""
+    for path in sorted(Path(os.path.abspath(workdir)).parent.glob("*/run.json")):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(path.read_text())["name"] == name:
+                return path.parent
+    raise CheckpointError(
+        f"fork.run=@{name}: no run of that name beside {workdir}; train it first, or name a directory with "
+        "--set fork.run=DIR"
+    )
+
+
+def fork_checkpoint(run: Run, store: TokenStore, workdir: Path) -> tuple[Path, dict]:
     """The parent's checkpoint that `run.fork` names, and its metadata.
 
     Raises CheckpointError when the parent has none at those tokens, ConfigError or DataError when its model or
     tokenizer is another one.
     """
-    folder = Path(run.fork.run) / "checkpoints"
+    beside = run.fork.run.startswith("@")
+    folder = (sibling(run.fork.run[1:], workdir) if beside else Path(run.fork.run)) / "checkpoints"
     if not folder.is_dir():
         raise CheckpointError(f"fork.run={run.fork.run}: no run with checkpoints there; set --set fork.run=DIR")
     found = {}
@@ -161,6 +188,7 @@ def begin(
     checkpoints: Checkpoints,
     target: State,
     mesh,
+    workdir: Path,
     peers: Peers = ALONE,
     *,
     allow_config_change: bool,
@@ -173,7 +201,7 @@ def begin(
         step, state, meta = restored
         return plan.step_at(meta["tokens"]), state, f"resumed at step {step}"
     if run.fork is not None:
-        path, _ = fork_checkpoint(run, store)
+        path, _ = fork_checkpoint(run, store, workdir)
         step = plan.step_at(run.fork.tokens)
         if step == plan.total_steps:
             raise ConfigError(f"fork.tokens={run.fork.tokens} is the end of the curriculum; nothing is left to train")
@@ -198,6 +226,17 @@ def versions() -> dict[str, str]:
     return {"tinyllama_jax": __version__, "python": platform.python_version()} | {
         name: metadata.version(name) for name in packages
     }
+
+
+def revision() -> str:
+    """The commit that this code is checked out at, with -dirty when it was changed since; '' when it is no checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    return ""
 
 
 def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> dict:
@@ -235,6 +274,7 @@ def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> 
             "mesh": dict(mesh.shape),
         },
         "versions": versions(),
+        "git": revision(),
     }
 
 
@@ -243,4 +283,5 @@ def store_identity(store: TokenStore) -> dict:
         "path": store.location,  # found again from any directory
         "manifest_sha256": store.manifest_sha256,
         "tokenizer_sha256": store.manifest["tokenizer"]["sha256"],
+        "train_tokens": {domain: entry["tokens"] for domain, entry in store.manifest["splits"]["train"].items()},
     }
