@@ -61,6 +61,7 @@ def add_launch(verb, settings, as_json) -> None:
     )
     sub.add_argument("experiment", metavar="MODULE:FUNCTION", help="returns a Run, or a list of Runs: run n in DIR/n")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="the run directory, as the nodes see it")
+    sub.add_argument("--runs", default="", metavar="N,M-K", help="of a sweep these, numbered from 0 (all)")
     sub.add_argument("--nodes", type=int, default=None, metavar="N", help="machines (the target's)")
     sub.add_argument(
         "--target",

@@ -36,11 +36,12 @@ def launch(args: argparse.Namespace) -> None:
     options["environment"] = _environment(args.env, flags.environment(chosen))
     options["processes"] = {"one": "node", "gpus": "device"}[args.processes_per_node]
     options["name"] = args.name or _name(args.experiment.partition(":")[2])
-    job, runs = plan.training(args.experiment, args.workdir, args.settings, args.experiment_path, **options)
+    chosen = numbers("--runs", args.runs)
+    jobs, runs = plan.training(args.experiment, args.workdir, args.settings, args.experiment_path, chosen, **options)
     found = plan.estimates(runs, machines) if args.dry_run or args.max_cost is not None else []
     plan.check_cost(args.experiment, found, machines, args.max_cost)
     cost = {"cost_usd": sum(value["cost_usd"]["total"] for value in found), "estimates": found} if found else {}
-    _submit(args, job, on, cost, plan.estimate_lines(found))
+    _submit(args, jobs, on, cost, plan.estimate_lines(found))
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -54,7 +55,7 @@ def prepare(args: argparse.Namespace) -> None:
     machines = machine.parse(args.target or ("v5e:1x1" if on == "tpu" else "cpu"), None, on)
     options = _options(args, on) | {"machine": machines, "environment": _environment(args.env, {})}
     options["name"] = args.name or _name(f"prepare-{Path(args.out).name}")
-    _submit(args, plan.preparing(args.out, args.items, args.workers, **options), on)
+    _submit(args, [plan.preparing(args.out, args.items, args.workers, **options)], on)
 
 
 def flags(args: argparse.Namespace) -> None:
@@ -90,6 +91,17 @@ def seconds(text: str) -> int:
     if text and not found:
         raise UsageError(f"--time {text}: write it as 90m, 24h or 7d")
     return int(found[1]) * UNITS[found[2]] if found else 0
+
+
+def numbers(option: str, text: str) -> list[int] | None:
+    """0,4-6 as 0, 4, 5, 6; None for ''.  Raises UsageError for anything else."""
+    found = []
+    for word in text.split(",") if text else []:
+        first, dash, last = word.partition("-")
+        if not first.isdigit() or (dash and not (last.isdigit() and int(last) >= int(first))):
+            raise UsageError(f"{option} {text}: write it as 0,4-6")
+        found += range(int(first), int(last or first) + 1)
+    return found or None
 
 
 def _options(args: argparse.Namespace, on: str) -> dict:
@@ -136,13 +148,15 @@ def _name(text: str) -> str:
     return (name if name[:1].isalpha() else f"run-{name}")[:40].rstrip("-")
 
 
-def _submit(args: argparse.Namespace, job, on: str, more: dict | None = None, estimated: Sequence[str] = ()) -> None:
-    """Shows or submits the job, and answers: with `more` in JSON, after the lines `estimated` for a person."""
+def _submit(
+    args: argparse.Namespace, jobs: list, on: str, more: dict | None = None, estimated: Sequence[str] = ()
+) -> None:
+    """Shows or submits the jobs, and answers: with `more` in JSON, after the lines `estimated` for a person."""
     from tinyllama_jax.launch import submit
     from tinyllama_jax.launch.job import shell
 
-    found, then = submit.pieces(job, on, args.folder)
-    value: dict = {"name": job.name, "on": on, "dry_run": args.dry_run, **(more or {})}
+    found, then = submit.chained(jobs, on, args.folder)
+    value: dict = {"name": jobs[0].name, "on": on, "dry_run": args.dry_run, **(more or {})}
     lines = list(estimated)
     if args.dry_run:
         value["jobs"] = [

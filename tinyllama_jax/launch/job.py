@@ -28,6 +28,7 @@ class Job:
     machine: Machine
     processes: str = "node"  # one process per `node` with all its devices, or one per `device`
     tasks: int = 0  # 0 = one job
+    numbers: tuple[int, ...] = ()  # of the tasks; empty = 0, 1, 2, ...
     then: tuple[str, ...] = ()
     workdir: str = ""  # the run directory, in which the supervisor looks for checkpoints; empty = none are made
     checkpoints: str = ""  # where they are; empty = WORKDIR/checkpoints
@@ -48,6 +49,7 @@ class Job:
 
     def __post_init__(self):
         _require(NAME.fullmatch(self.name), f"job name {self.name!r}: write it as a-z, 0-9 and -, at most 40 long")
+        _require(len(self.numbers) in (0, self.tasks), f"{self.tasks} tasks have {len(self.numbers)} numbers")
         _require(self.processes in ("node", "device"), f"processes {self.processes!r} is neither node nor device")
         for key, value in self.environment:
             _require(VARIABLE.fullmatch(key), f"environment variable {key!r}: not a name; write --env NAME=VALUE")
@@ -61,6 +63,10 @@ class Job:
             not self.seconds or self.seconds > self.grace_seconds,
             f"a time limit of {self.seconds} s leaves nothing beside {self.grace_seconds} s of grace",
         )
+
+    @property
+    def task_numbers(self) -> tuple[int, ...]:
+        return self.numbers or tuple(range(self.tasks))
 
     def check_outlives(self) -> None:
         """Raises ConfigError when the run's checkpoints would be lost together with the machines."""
@@ -81,6 +87,17 @@ class Job:
 def _require(condition, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def ranges(numbers: tuple[int, ...]) -> str:
+    """0-3,7 from 0, 1, 2, 3, 7."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def at(words: tuple[str, ...], task: int) -> tuple[str, ...]:

@@ -23,31 +23,68 @@ def train_command(experiment: str, workdir: str, settings: Sequence[str], paths:
 
 
 def training(
-    experiment: str, workdir: str, settings: Sequence[str], paths: Sequence[str], **options
-) -> tuple[Job, list[Run]]:
-    """A job that trains the experiment, and its runs: one, or those of a sweep, as the tasks of an array.
+    experiment: str,
+    workdir: str,
+    settings: Sequence[str],
+    paths: Sequence[str],
+    chosen: Sequence[int] | None = None,
+    **options,
+) -> tuple[list[Job], list[Run]]:
+    """Jobs that train the experiment, and its runs: one, or those of a sweep, as the tasks of an array.
 
-    options: fields of Job.  Run n of a sweep goes to WORKDIR/n.  Raises ConfigError for a run that the machine's
-    devices cannot share evenly, UsageError for a wrong name or setting.
+    A sweep whose runs fork from others of it makes several jobs, each of which can begin when the one before is done.
+    chosen: numbers of the runs to train (all).  options: fields of Job.  Run n of a sweep goes to WORKDIR/n.  Raises
+    ConfigError for a run that the machine's devices cannot share evenly, UsageError for a wrong name or setting.
     """
     # `name[3]` is one run of a sweep, and is launched like any other.
     made = (configio.load_experiment if experiment.endswith("]") else configio.load_runs)(experiment, paths)
-    sweep = [made] if isinstance(made, Run) else made
-    runs = [configio.override(run, settings) for run in sweep]
-    for run in runs:
-        check(run, options["machine"])
+    runs = [configio.override(run, settings) for run in ([made] if isinstance(made, Run) else made)]
+    if chosen and (isinstance(made, Run) or max(chosen) >= len(runs)):
+        raise UsageError(f"--runs: {experiment} is {len(runs)} run{'s, from 0 on' if len(runs) > 1 else ''}")
+    numbers = list(range(len(runs))) if chosen is None else sorted(set(chosen))
+    for number in numbers:
+        check(runs[number], options["machine"])
     directories = [run.checkpoint.directory for run in runs]
     if isinstance(made, Run):
-        options["checkpoints"] = directories[0]
-    else:
-        if any(directories):
-            raise ConfigError(
-                f"{experiment}: checkpoint.directory is set, and a sweep's checkpoints go to {workdir}/n/checkpoints; "
-                f"leave it out, or launch the runs one by one, such as {experiment}[0]"
-            )
-        experiment, workdir = f"{experiment}[{TASK}]", f"{workdir.rstrip('/')}/{TASK}"
-        options["tasks"] = len(runs)
-    return Job(command=train_command(experiment, workdir, settings, paths), workdir=workdir, **options), runs
+        command = train_command(experiment, workdir, settings, paths)
+        return [Job(command=command, workdir=workdir, checkpoints=directories[0], **options)], runs
+    if any(directories):
+        raise ConfigError(
+            f"{experiment}: checkpoint.directory is set, and a sweep's checkpoints go to {workdir}/n/checkpoints; "
+            f"leave it out, or launch the runs one by one, such as {experiment}[0]"
+        )
+    experiment, workdir = f"{experiment}[{TASK}]", f"{workdir.rstrip('/')}/{TASK}"
+    command, jobs = train_command(experiment, workdir, settings, paths), []
+    for wave in waves(runs, numbers):
+        name = options["name"] if not jobs else f"{options['name'][:36]}-{len(jobs) + 1}"
+        more = options | {"name": name, "tasks": len(wave), "numbers": tuple(wave)}
+        jobs.append(Job(command=command, workdir=workdir, **more))
+    return jobs, [runs[number] for number in numbers]
+
+
+def waves(runs: Sequence[Run], numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers of runs in the order in which they can begin: a fork of "@NAME" after the run of that name.
+
+    Raises ConfigError for a fork of a run that the sweep does not have.
+    """
+    named = {run.name: number for number, run in enumerate(runs)}
+
+    def parent(number: int) -> int | None:
+        fork = runs[number].fork
+        if fork is None or not fork.run.startswith("@"):
+            return None
+        if fork.run[1:] not in named:
+            raise ConfigError(f"{runs[number].name}: fork.run={fork.run}: no run of the sweep is called so")
+        return named[fork.run[1:]]
+
+    left, found = list(numbers), []
+    while left:
+        wave = [number for number in left if parent(number) not in left]
+        if not wave:
+            raise ConfigError(f"{runs[left[0]].name}: forks from itself, through {runs[left[0]].fork.run}")
+        found.append(wave)
+        left = [number for number in left if number not in wave]
+    return found
 
 
 def preparing(store: str, shares: int, workers: int, **options) -> Job:
@@ -72,9 +109,10 @@ def alone(job: Job) -> list[Job]:
             command=at(job.command, n),
             workdir=at((job.workdir,), n)[0],
             tasks=0,
+            numbers=(),
             then=(),
         )
-        for n in range(job.tasks)
+        for n in job.task_numbers
     ]
 
 

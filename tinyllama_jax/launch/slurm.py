@@ -9,7 +9,7 @@ supervisor is signalled too then, and asks for nothing.
 from __future__ import annotations
 
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.launch.job import TASK, Job, exports, lines, quote
+from tinyllama_jax.launch.job import TASK, Job, exports, lines, quote, ranges
 
 MAX_ARRAY = 1001  # MaxArraySize, the default of slurm.conf
 TASK_ID = '"$SLURM_ARRAY_TASK_ID"'
@@ -17,17 +17,17 @@ TASK_ID = '"$SLURM_ARRAY_TASK_ID"'
 
 def render(job: Job) -> str:
     """The batch script.  Raises ConfigError for what Slurm's own parser of directives cannot hold."""
-    if job.tasks >= MAX_ARRAY:
+    if max(job.task_numbers, default=0) >= MAX_ARRAY - 1:
         raise ConfigError(f"{job.tasks} tasks: a SLURM array holds {MAX_ARRAY - 1} by default; use fewer, larger ones")
-    return _script(job, job.command, tasks=job.tasks, nodes=job.machine.nodes, name=job.name)
+    return _script(job, job.command, tasks=ranges(job.task_numbers), nodes=job.machine.nodes, name=job.name)
 
 
 def render_then(job: Job) -> str:
     """The batch script of the command that comes after all tasks."""
-    return _script(job, job.then, tasks=0, nodes=1, name=f"{job.name}-then")
+    return _script(job, job.then, tasks="", nodes=1, name=f"{job.name}-then")
 
 
-def _script(job: Job, command: tuple[str, ...], *, tasks: int, nodes: int, name: str) -> str:
+def _script(job: Job, command: tuple[str, ...], *, tasks: str, nodes: int, name: str) -> str:
     machine = job.machine
     each = max(1, machine.devices_per_node) if job.processes == "device" else 1
     text = ["#!/bin/bash"]
@@ -39,7 +39,7 @@ def _script(job: Job, command: tuple[str, ...], *, tasks: int, nodes: int, name:
     directive("nodes", nodes)
     directive("ntasks-per-node", each)
     if tasks:
-        directive("array", f"0-{tasks - 1}")
+        directive("array", tasks)
     if machine.platform == "gpu":
         directive("gpus-per-node", machine.devices_per_node)
         directive("exclusive")

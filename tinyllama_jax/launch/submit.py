@@ -11,7 +11,7 @@ from pathlib import Path
 from tinyllama_jax.configio import nearest
 from tinyllama_jax.errors import ConfigError, UsageError
 from tinyllama_jax.launch import gke, plan, sky, slurm, tpu
-from tinyllama_jax.launch.job import Job, shell
+from tinyllama_jax.launch.job import Job, ranges, shell
 
 PLATFORMS = ("slurm", "gke", "tpu", "sky")
 SUFFIXES = {"slurm": "sbatch", "gke": "yaml", "tpu": "sh", "sky": "yaml"}
@@ -41,6 +41,20 @@ def platform(name: str) -> str:
     if name not in PLATFORMS:
         raise UsageError(f"--on {name}: not one of {', '.join(PLATFORMS)}{nearest(name, PLATFORMS)}")
     return name
+
+
+def chained(jobs: list[Job], on: str, folder: str) -> tuple[list[Piece], str]:
+    """As `pieces`, of jobs each of which waits for the one before: on SLURM by itself, elsewhere the first is rendered
+    and the runs of the others are left for the same command with --runs."""
+    found, then = pieces(jobs[0], on, folder)
+    later = jobs[1:]
+    if on != "slurm":
+        left = ranges(tuple(number for job in later for number in job.task_numbers))
+        return found, f"the same command with --runs {left}" if left else then
+    for job in later:
+        file = _file(folder, job.name, on)
+        found.append(Piece(job.name, file, slurm.render(job), slurm.command_then(job, file, BEFORE), after=True))
+    return found, then
 
 
 def pieces(job: Job, on: str, folder: str) -> tuple[list[Piece], str]:
