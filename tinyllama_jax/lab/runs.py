@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from tinyllama_jax.errors import DataError
 
 TABLES = ("metrics", "validation")  # one record per step, in increasing steps
+_SCALARS = (int, float, str)  # a tuple: `int | float | str` is made anew each time, and takes longer to ask
 _NUMBERS_AS_TEXT = {"nan": math.nan, "inf": math.inf, "infinity": math.inf, "-inf": -math.inf, "-infinity": -math.inf}
 
 
@@ -139,17 +140,23 @@ class Table:
     A resumed run may have written steps twice: steps at or after the step of a later record are dropped, so that
     what is left is the run as it finally went.  A line that is no record (the writer was killed in the middle of
     it) is left out and counted in `damaged_lines`.
+
+    only: the columns that are wanted besides `step`, none = all; some of many are read several times as fast.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, only: Sequence[str] = ()):
         columns: dict[str, _Column] = {}
         rows, records = 0, _Lines(path)
+        wanted = [(name, name.split(".")) for name in dict.fromkeys(("step", *only))]
         for record in records:
-            if not isinstance(record.get("step"), int | float):
+            if not isinstance(record.get("step"), (int, float)):
                 records.damaged += 1
                 continue
-            for name, value in _flatten(record):
-                columns.setdefault(name, _Column()).put(rows, value)
+            for name, value in _picked(record, wanted) if only else _flatten(record):
+                column = columns.get(name)
+                if column is None:
+                    column = columns[name] = _Column()
+                column.put(rows, value)
             rows += 1
         self.damaged_lines = records.damaged
         steps = columns["step"].values(rows) if rows else np.empty(0)
@@ -177,14 +184,15 @@ class _Column:
         self.numbers, self.texts = array("d"), {}
 
     def put(self, row: int, value: Any) -> None:
-        self.numbers.extend([math.nan] * (row - len(self.numbers)))
+        if row > len(self.numbers):
+            self.numbers.extend([math.nan] * (row - len(self.numbers)))
         if isinstance(value, str):
             number = _NUMBERS_AS_TEXT.get(value.lower())
             if number is None:
                 self.texts[row] = value
         else:
             number = value
-        self.numbers.append(math.nan if number is None else float(number))
+        self.numbers.append(math.nan if number is None else number)
 
     def values(self, rows: int) -> np.ndarray:
         numbers = np.full(rows, math.nan)
@@ -225,8 +233,17 @@ def _flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for key, value in record.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif value is None or isinstance(value, int | float | str):
+        elif value is None or isinstance(value, _SCALARS):
             yield prefix + key, value
+
+
+def _picked(record: dict[str, Any], wanted: list[tuple[str, list[str]]]) -> Iterator[tuple[str, Any]]:
+    for name, keys in wanted:
+        value: Any = record
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, _SCALARS):
+            yield name, value
 
 
 def _between(prefix: str, suffix: str, names: list[str]) -> list[str]:
