@@ -43,7 +43,7 @@ def pick(logits_BV: jax.Array, key: jax.Array, temperature: float, top_k: int, t
 
 
 @lru_cache(maxsize=16)
-def _functions(model: Model, execution: Execution, slots: int, temperature: float, top_k: int, top_p: float):
+def functions(model: Model, execution: Execution, slots: int, temperature: float, top_k: int, top_p: float):
     """Compiled prefill and step for one model, cache length and way of sampling."""
 
     def prefill(params: Any, tokens_BT: jax.Array, length_B: jax.Array, key: jax.Array):
@@ -103,7 +103,7 @@ def generate(
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     length_B = np.array(lengths, np.int32)
-    prefill, step = _functions(model, execution, total, float(temperature), int(top_k), float(top_p))
+    prefill, step = functions(model, execution, total, float(temperature), int(top_k), float(top_p))
     key = jax.random.key(seed)
     token_B, cache = prefill(params, jnp.asarray(tokens_BT), jnp.asarray(length_B), key)
 

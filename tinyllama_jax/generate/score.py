@@ -16,10 +16,18 @@ from tinyllama_jax.sharding import in_order, striped, token_sharding
 
 
 def score(
-    params: Any, model: Model, execution: Execution, mesh: Mesh, tokens_BT: np.ndarray, *, rows: int = 8
+    params: Any,
+    model: Model,
+    execution: Execution,
+    mesh: Mesh,
+    tokens_BT: np.ndarray,
+    *,
+    rows: int = 8,
+    documents_BT: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Nats of each predicted token, float32 [B, T-1], of integer tokens [B, T].
+    """Nats of each predicted token, float32 [B, T-1], of integer tokens [B, T], `rows` rows at a time.
 
+    documents_BT: numbers that rise along a row; a token sees only those of its own number.
     Raises DataError when the array has another shape or type, ids outside the vocabulary, or rows longer than the
     model's context.
     """
@@ -34,8 +42,10 @@ def score(
         bad = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
         raise DataError(f"token id {bad} is outside the model's vocabulary of {model.vocab_size}")
 
-    def batch_nll(params: Any, tokens_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        x_BTD = transformer.hidden(params, tokens_BT, model, execution)
+    def batch_nll(
+        params: Any, tokens_BT: jax.Array, targets_BT: jax.Array, documents_BT: jax.Array | None = None
+    ) -> jax.Array:
+        x_BTD = transformer.hidden(params, tokens_BT, model, execution, documents_BT=documents_BT)
         return token_nll(
             x_BTD, transformer.head_kernel(params, model), targets_BT, chunk_tokens=execution.loss_chunk_tokens
         )
@@ -46,12 +56,17 @@ def score(
     sharding, compiled = token_sharding(mesh), jax.jit(batch_nll)
     parts = []
     for start in range(0, batch, rows):
-        part = tokens_BT[start : start + rows].astype(np.int32)
-        # Padding behind a row is seen by none of its tokens.
-        padded = np.pad(part, ((0, rows - len(part)), (0, -(time - 1) % context)))
-        inputs, targets = (
-            jax.device_put(np.ascontiguousarray(striped(x, context)), sharding) for x in (padded[:, :-1], padded[:, 1:])
-        )
-        nll = np.asarray(compiled(params, inputs, targets))
-        parts.append(in_order(nll, context)[: len(part), : time - 1])
+
+        def padded(x_BT: np.ndarray, start: int = start) -> np.ndarray:
+            part = x_BT[start : start + rows].astype(np.int32)
+            # Padding behind a row is seen by none of its tokens.
+            return np.pad(part, ((0, rows - len(part)), (0, -(time - 1) % context)), "edge")
+
+        tokens = padded(tokens_BT)
+        given = [tokens[:, :-1], tokens[:, 1:]]
+        if documents_BT is not None:
+            given.append(padded(documents_BT)[:, :-1])
+        given = [jax.device_put(np.ascontiguousarray(striped(x, context)), sharding) for x in given]
+        nll = np.asarray(compiled(params, *given))
+        parts.append(in_order(nll, context)[: batch - start, : time - 1])
     return np.concatenate(parts)
