@@ -41,6 +41,8 @@ def test_the_list_of_options_is_meant():
     launched = [*common, "--account", "--dry-run", "--env", "--folder", "--grace", "--image", "--max-restarts"]
     launched += ["--mount", "--name", "--on", "--partition", "--project", "--queue", "--setup", "--spot", "--time"]
     launched += ["--zone"]
+    fitted = [*common, "--csv", "--draws", "--out", "--runs", "--seed", "--where"]
+    columns = ["--c-column", "--d-column", "--loss-column", "--n-column"]
     assert options == {
         "demo": sorted([*common, *settings, "--experiment", "--workdir"]),
         "prepare": sorted([*recipe, "--workers"]),
@@ -57,12 +59,33 @@ def test_the_list_of_options_is_meant():
         ),
         "launch": sorted(
             [*launched, *settings, "--max-cost", "--nodes", "--processes-per-node", "--profile", "--target"]
-            + ["--workdir"]
+            + ["--runs", "--workdir"]
         ),
         "launch prepare": sorted([*launched, "--items", "--out", "--target", "--workers"]),
         "launch flags": sorted([*common, "--profile"]),
         "launch supervise": sorted(["--checkpoints", "--help", "--max-restarts", "--on", "--workdir"]),
-        "report": sorted([*common, "--compare"]),
+        "fit": common,
+        "fit chinchilla": sorted([*fitted, *columns, "--compute", "--delta", "--given", "--group-column", "--tied"]),
+        "fit isoflop": sorted([*fitted, *columns, "--compute", "--method", "--noise", "--window"]),
+        "fit repetition": sorted(
+            [*fitted, *columns, "--base", "--delta", "--given", "--group-column", "--law", "--start"]
+            + ["--unique-column"]
+        ),
+        "fit overtraining": sorted([*fitted, *columns, "--delta", "--group-column"]),
+        "fit downstream": sorted([*fitted, "--error-column", "--loss-column"]),
+        "allocate": sorted(
+            [*common, "--count", "--flops", "--inference", "--law", "--price", "--rule", "--sequence-tokens"]
+            + ["--target", "--unique", "--usd", "--vocab-size"]
+        ),
+        "sweep": sorted(
+            [*common, *settings, "--dry-run", "--gpus-per-run", "--max-cost", "--max-restarts", "--price", "--runs"]
+            + ["--slots", "--table", "--target", "--workdir"]
+        ),
+        "runs": sorted([*common, "--columns", "--out", "--sort", "--where"]),
+        "measure": sorted([*common, "--beyond", "--decode", "--dtype", "--rope", "--sequences"]),
+        "report": sorted(
+            [*common, "--compare", "--out", "--reference", "--reference-batch-tokens", "--reference-columns"]
+        ),
         "eval": sorted([*common, "--baselines", "--corpus", "--dtype", "--sequence-tokens", "--sequences"]),
         "score": sorted([*common, "--dtype", "--tokens"]),
         "generate": sorted(

@@ -17,9 +17,8 @@ NO_JAX = {
     "flops",
     "mesh_rules",
     "schedules",
-    "lab.chinchilla",
-    "lab.isoflop",
-    "lab.repetition",
+    *("lab.fit." + name for name in ("chinchilla", "isoflop", "repetition", "overtraining", "allocate", "points")),
+    *("lab." + name for name in ("laws", "rules", "row", "shapes", "sweep", "slots", "run_sweep", "table")),
     "launch.supervise",
 }
 ONE_HOME = {
@@ -34,7 +33,7 @@ ONE_HOME = {
     **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.adapters"}),
 }
 BELOW_TRAIN = {"model", "attention", "loss", "optim", "data", "schedules", "presets", "flops", "sharding"}
-EXPERIMENTS_MAY_USE = {"config", "presets", "schedules", "lab.sweep"}
+EXPERIMENTS_MAY_USE = {"config", "presets", "schedules", "lab", "lab.shapes", "lab.sweep"}
 
 
 def files(folder: Path) -> list[Path]:

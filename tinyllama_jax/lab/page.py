@@ -1,12 +1,17 @@
-"""The words, the style and the small parts of a run's report; `report.py` puts them together."""
+"""The words, the style and the small parts of a report, and how it is written; `report.py` and `study.py` fill it."""
 
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from string import Template
 from typing import Any
+
+from tinyllama_jax.errors import DataError
 
 # name of the figure -> (heading, caption), in the order of the page
 CAPTIONS = {
@@ -21,6 +26,11 @@ CAPTIONS = {
         "The same windows each time. Bits per byte do not depend on the tokenizer, nats per token do.",
     ),
     "compare": ("Against other runs", "Training loss smoothed as above; this run in black."),
+    "reference": (
+        "Against a curve from elsewhere",
+        "Training loss over the same tokens, both as running means over the same window; below, the run less the "
+        "reference. Losses per token compare only where tokenizer and data are the same.",
+    ),
     "schedule": ("Schedule", "As applied, step by step."),
     "mixture": (
         "Mixture",
@@ -66,6 +76,9 @@ body {
 }
 h1 { margin: 0; font-size: 30px; line-height: 1.2; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { margin: 44px 0 10px; font-size: 18px; }
+h3 { margin: 24px 0 6px; font-size: 15px; overflow-wrap: anywhere; }
+.notes { margin: 10px 0; padding-left: 20px; color: var(--soft); font-size: 14px; }
+figure + figure { margin-top: 18px; }
 p { margin: 8px 0; }
 header p { color: var(--soft); }
 .state { font-weight: 600; margin-right: 6px; }
@@ -87,7 +100,7 @@ header p { color: var(--soft); }
 figure { margin: 0 -14px; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { margin: 2px 14px 0; color: var(--soft); font-size: 13.5px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-top: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 500; text-align: left; vertical-align: bottom; }
 th, td { padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); }
@@ -151,3 +164,34 @@ def clock(value: Any) -> str:
 
 def number(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def write_page(folder: Path, page: str, images: dict[str, bytes]) -> Path:
+    """Write folder/report.html and folder/plots/NAME.png, each under a temporary name and renamed; the page's path.
+
+    Raises DataError where that cannot be done.
+    """
+    path = folder / "report.html"
+    try:
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        for name, image in images.items():
+            _write(folder / "plots" / f"{name}.png", image)
+        _write(path, page.encode())
+    except OSError as error:
+        raise DataError(f"{folder}: the report cannot be written there ({error.strerror})") from None
+    return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write under a temporary name in the same directory, then rename: a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

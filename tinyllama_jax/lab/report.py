@@ -10,8 +10,6 @@ import base64
 import io
 import json
 import math
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -22,47 +20,55 @@ from typing import Any
 import numpy as np
 
 from tinyllama_jax import __version__
-from tinyllama_jax.errors import DataError
 from tinyllama_jax.lab.draw import last, save, scientific, si, smooth
 from tinyllama_jax.lab.history import events, time_spent
-from tinyllama_jax.lab.page import CAPTIONS, PAGE, duration, number, table
+from tinyllama_jax.lab.page import CAPTIONS, PAGE, duration, number, table, write_page
 from tinyllama_jax.lab.plots import breaks, figures, unique_names
+from tinyllama_jax.lab.reference import Comparison, Curve, of_run
+from tinyllama_jax.lab.reference import compare as compare_curves
+from tinyllama_jax.lab.reference_plots import deviations, reference_figure
 from tinyllama_jax.lab.runs import Run
 
 _MOST_SAMPLES = 200  # rows; a page must stay light enough to be mailed
 
 
-def write_report(run_dir: str | Path | Run, *, compare: Sequence[str | Path | Run] = ()) -> Path:
+def write_report(
+    run_dir: str | Path | Run, *, compare: Sequence[str | Path | Run] = (), references: Sequence[Curve] = ()
+) -> Path:
     """Write `report.html` and `plots/*.png` into the run directory, and return the page's path.
 
-    `compare` names other runs, whose loss curves are laid over this one's.  Both the page and the plots are written
+    `compare` names other runs, whose loss curves are laid over this one's; `references` are curves from elsewhere
+    (reference.read), beside which this run's is drawn with the difference.  Both the page and the plots are written
     under temporary names and renamed; plots of an earlier report that this one lacks are left alone.  The run may
     still be going on.  Raises DataError where a directory is no run directory or cannot be written to.
     """
     run = run_dir if isinstance(run_dir, Run) else Run(run_dir)
     others = [other if isinstance(other, Run) else Run(other) for other in compare]
+    compared = against(run, references)
+    drawn = figures(run, others)
+    if compared:
+        drawn["reference"] = reference_figure(run.name, compared)
     images = {}
-    for name, figure in figures(run, others).items():
+    for name, figure in drawn.items():
         buffer = io.BytesIO()
         save(figure, buffer)
         images[name] = buffer.getvalue()
-    path = run.directory / "report.html"
-    try:
-        (run.directory / "plots").mkdir(exist_ok=True)
-        for name, image in images.items():
-            _write(run.directory / "plots" / f"{name}.png", image)
-        _write(path, render(run, images, others).encode())
-    except OSError as error:
-        raise DataError(f"{run.directory}: the report cannot be written there ({error.strerror})") from None
-    return path
+    return write_page(run.directory, render(run, images, others, compared), images)
 
 
-def render(run: Run, images: dict[str, bytes], others: Sequence[Run] = ()) -> str:
+def against(run: Run, references: Sequence[Curve]) -> list[Comparison]:
+    """The run beside each of the curves.  DataError where they have no tokens in common."""
+    own = of_run(run) if references else None
+    return [compare_curves(own, reference) for reference in references]
+
+
+def render(run: Run, images: dict[str, bytes], others: Sequence[Run] = (), compared: Sequence[Comparison] = ()) -> str:
     """The page as text; `images` are PNGs by the names of `plots.figures`."""
+    below = {"compare": _comparison(run, others), "reference": deviations(compared)}
     sections = [
         _head(run),
         _verdicts(run),
-        *(_figure(name, images[name]) + _comparison(run, others, name) for name in CAPTIONS if name in images),
+        *(_figure(name, images[name]) + below.get(name, "") for name in CAPTIONS if name in images),
         _stages(run),
         _samples(run),
         time_spent(run),
@@ -161,10 +167,8 @@ def _figure(name: str, image: bytes) -> str:
     return f'<h2>{heading}</h2><figure><img src="{source}" alt="{heading}"><figcaption>{caption}</figcaption></figure>'
 
 
-def _comparison(run: Run, others: Sequence[Run], figure: str) -> str:
+def _comparison(run: Run, others: Sequence[Run]) -> str:
     """The table that stands below the comparing figure."""
-    if figure != "compare":
-        return ""
     rows = []
     runs = [run, *others]
     for each, name in zip(runs, unique_names(runs), strict=True):
@@ -303,18 +307,3 @@ def _median(values: np.ndarray) -> float:
 
 def _maybe(values: dict[str, Any], key: str, text: str) -> str:
     return text.format(si(values[key])) if key in values else ""
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same directory, then rename: a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
