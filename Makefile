@@ -2,7 +2,7 @@
 #   make demo       train a small model from nothing and write a report: runs/demo/report.html
 #   make test       all tests that need neither PyTorch, nor device compilers, nor several processes
 #   make test-faults  processes that train together, are killed, stopped, cut off and left without disk: 10 minutes
-#   make test-full  the rest: parity with PyTorch, compiles for devices, Slurm
+#   make test-full  the rest: parity with PyTorch, compiles for devices, Slurm, reports in Chromium
 #   make test-sky   SkyPilot itself reads what is rendered for it
 #   make test-aot   of these the compiles for devices alone, without PyTorch
 #   make proof-hf-memory  import and export of 1.1B parameters stay below twice their size: 14 GB of disk, 5 minutes
@@ -10,6 +10,7 @@
 #   make proof-data  a million generated documents, killed ten times on the way: the same store byte for byte; 20 GB
 #   make proof-loader  the loader over 10^8 and 10^9 tokens: speed, start, seek, memory: 3 minutes
 #   make proof-kills  two and four processes, one at a time killed 20 times: no step lost, none twice; 20 minutes
+#   make proof-fits  fits of made and published points: exact, and as sure as they say: 8 minutes
 #   make proof-soak  an hour of runs that are killed, stopped, damaged and short of disk: as if nothing had happened
 #   make lint | bench | clean
 
@@ -31,7 +32,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-sky test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-soak clean always
+.PHONY: help demo test test-faults test-sky test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-fits proof-soak clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -88,7 +89,7 @@ test-faults: $(VENV)/.dev
 	@$(RUN) -m pytest $(SPREAD) -m faults --timeout 900 $(TESTS)
 
 test-full: $(VENV)/.full
-	@$(FULL) -m pytest $(SPREAD) -m "parity or aot or slurm" --timeout 900 $(TESTS)
+	@$(FULL) -m pytest $(SPREAD) -m "parity or aot or slurm or browser" --timeout 900 $(TESTS)
 
 test-sky: $(VENV)/.sky
 	@$(VENV)/sky/bin/python -c 'import sky' # the tests skip what is not there
@@ -118,6 +119,9 @@ proof-loader: $(VENV)/.run
 
 proof-kills: $(VENV)/.run
 	@$(RUN) benchmarks/proof_kills.py
+
+proof-fits: $(VENV)/.run
+	@$(RUN) benchmarks/proof_fits.py
 
 proof-soak: $(VENV)/.run
 	@$(RUN) tests/soak.py --minutes 60 --out benchmarks/results/proof_soak.json

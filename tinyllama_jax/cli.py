@@ -15,11 +15,16 @@ import traceback
 from collections.abc import Sequence
 
 from tinyllama_jax import __version__, verbs
+from tinyllama_jax.cli_lab import FIT_STEPS, add_allocate, add_fit
 from tinyllama_jax.cli_launch import LAUNCH_STEPS, add_launch
+from tinyllama_jax.cli_measure import add_measure
 from tinyllama_jax.cli_prepare import PREPARE_STEPS, add_prepare
+from tinyllama_jax.cli_runs import add_runs
+from tinyllama_jax.cli_sweep import add_sweep
 from tinyllama_jax.configio import nearest
 from tinyllama_jax.errors import UserError
 
+STEPS = {"prepare": PREPARE_STEPS, "launch": LAUNCH_STEPS, "fit": FIT_STEPS}  # verbs of two words
 # Errors of the machine that the user can mend: disk full, no permission, a file where a folder should be, ...
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 
@@ -108,6 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     several.add_argument("--process", type=int, default=-1, metavar="I", help="which of them this is, from 0")
     settings(sub)
 
+    add_sweep(verb, settings, as_json)
+
     sub = verb(
         "preflight",
         verbs.preflight,
@@ -148,15 +155,35 @@ def build_parser() -> argparse.ArgumentParser:
     as_json(sub)
 
     add_launch(verb, settings, as_json)
+    add_runs(verb, as_json)
+    add_fit(verb, as_json)
+    add_allocate(verb, as_json)
+    add_measure(verb, as_json)
 
     sub = verb(
         "report",
         verbs.report,
-        "write report.html and plots/*.png for a run directory",
-        "tinyllama report runs/demo --compare runs/other",
+        "write report.html and plots/*.png for a run, a sweep or a table of runs",
+        "tinyllama report runs/demo --compare runs/other\n  tinyllama report runs/isoflop\n"
+        "  tinyllama report runs/demo --reference wandb_export.csv --json",
     )
-    sub.add_argument("run", metavar="RUN")
+    sub.add_argument("run", metavar="RUN|SWEEP|TABLE.jsonl")
+    sub.add_argument("--out", default="", metavar="DIR", help="of a sweep or a table: where the report goes")
     sub.add_argument("--compare", action="append", default=[], metavar="RUN", help="overlay another run's loss")
+    sub.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="FILE.csv",
+        help="lay a curve from elsewhere beside the run's, and measure the difference (repeatable)",
+    )
+    sub.add_argument(
+        "--reference-columns",
+        default="",
+        metavar="tokens=NAME,loss=NAME",
+        help="its columns, or step=NAME (usual names are found)",
+    )
+    sub.add_argument("--reference-batch-tokens", type=int, default=0, metavar="N", help="tokens in each of its steps")
     as_json(sub)
 
     sub = verb(
@@ -241,7 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[1:2] and argv[1] in {"prepare": PREPARE_STEPS, "launch": LAUNCH_STEPS}.get(argv[0], ()):
+    if argv[1:2] and argv[1] in STEPS.get(argv[0], ()):
         argv[:2] = [" ".join(argv[:2])]
     parser = build_parser()
     known = parser._subparsers._group_actions[0].choices

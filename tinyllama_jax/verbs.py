@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tinyllama_jax import configio, distributed, verbs_data
 from tinyllama_jax.config import Mesh, Run
-from tinyllama_jax.errors import ConfigError, DataError, UserError
+from tinyllama_jax.errors import ConfigError, DataError, UsageError, UserError
 from tinyllama_jax.terminal import Progress, answer, say
 
 
@@ -116,10 +116,32 @@ def _count(params) -> int:
 
 
 def report(args: argparse.Namespace) -> None:
-    from tinyllama_jax.lab.report import write_report
+    from tinyllama_jax.lab import reference
+    from tinyllama_jax.lab.report import against, write_report
+    from tinyllama_jax.lab.runs import Run as RunDirectory
+    from tinyllama_jax.lab.study import is_study, write_study
 
-    page = write_report(Path(args.run), compare=[Path(p) for p in args.compare])
-    answer(args, {"report": str(page)}, [str(page)])
+    columns = reference.parse_columns(args.reference_columns)
+    if not args.reference and (columns or args.reference_batch_tokens):
+        raise UsageError("--reference-columns and --reference-batch-tokens say how to read a --reference FILE.csv")
+    if args.reference_batch_tokens < 0:
+        raise UsageError(f"--reference-batch-tokens {args.reference_batch_tokens}: must be above 0")
+    if is_study(args.run):
+        of_runs = {"--compare": args.compare, "--reference": args.reference}
+        for option, given in of_runs.items():
+            if given:
+                raise UsageError(f"{option} goes with a run; {args.run} holds many")
+        page = write_study(args.run, args.out or None)
+        answer(args, {"report": str(page)}, [str(page)])
+        return
+    if args.out:
+        raise UsageError(f"--out goes with a sweep or a table; the report of a run is written into {args.run}")
+    run, batch_tokens = RunDirectory(args.run), args.reference_batch_tokens
+    curves = [reference.read(path, columns, batch_tokens) for path in args.reference]
+    page = write_report(run, compare=[Path(p) for p in args.compare], references=curves)
+    compared = against(run, curves)
+    value = {"report": str(page)} | ({"references": [each.as_json() for each in compared]} if compared else {})
+    answer(args, value, [str(page), *(line for each in compared for line in each.lines())])
 
 
 def evaluate(args: argparse.Namespace) -> None:
