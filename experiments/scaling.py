@@ -14,6 +14,7 @@ models a thousand times as large.
 """
 
 import math
+import sysconfig
 
 from tinyllama_jax.config import (
     Checkpoint,
@@ -129,6 +130,36 @@ def isoflop_pod() -> list[Run]:
         return {f"n{n:.2g}": shapes.near(n, vocab_size=32_000, context_tokens=2048) for n in wanted}
 
     return sweep.checked(sweep.isoflop(pod_base("isoflop"), budgets, models, batch_multiple=TOGETHER))
+
+
+def isoflop_gpu() -> list[Run]:
+    """Four budgets of 5 sizes, 1e15 to 8e15 FLOPs, 3 M to 22 M parameters: half an hour on one H200 or H100.
+
+    The text is that of the packages installed beside this one; `sweep --dry-run` says how often it is seen.
+    """
+    budgets, length, vocabulary = [1e15, 2e15, 4e15, 8e15], 512, 4096
+    packages = sysconfig.get_path("purelib")
+    base = cpu_base("isoflop")
+    base = replace(
+        base,
+        data=replace(
+            base.data,
+            store=f"data/packages-{vocabulary}",
+            sequence_tokens=length,
+            recipe=Recipe(sources=(f"code=files:{packages}",), vocab_size=vocabulary, window_tokens=length + 1),
+        ),
+        model=shapes.near(3e6, vocab_size=vocabulary, context_tokens=length),
+        curriculum=(replace(base.curriculum[0], batch_tokens=8 * length, mixture={"code": 1.0}),),
+    )
+
+    def models(budget: float) -> dict[str, Model]:
+        wanted = [math.sqrt(budget / 120) * 3 ** (i / 2 - 1) for i in range(5)]
+        return {
+            f"n{n:.2g}": shapes.near(n, vocab_size=vocabulary, context_tokens=length, head_dim=32, width_per_layer=40)
+            for n in wanted
+        }
+
+    return sweep.checked(sweep.isoflop(base, budgets, models))
 
 
 def ladder_cpu() -> list[Run]:
