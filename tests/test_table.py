@@ -74,7 +74,11 @@ def test_a_real_run_is_what_its_files_say(finished, small_store):
     assert 0 < row["goodput"] < steps / row["seconds"] < 1, "what compiles does not train"
 
     assert row["store"] == meta["store"]["manifest_sha256"] and row["tokenizer"] == meta["store"]["tokenizer_sha256"]
-    assert row["order"] == meta["order"] and row["fingerprint"] == meta["fingerprint"] and row["git"] is None
+    assert (
+        row["order"] == meta["order"]
+        and row["fingerprint"] == meta["fingerprint"]
+        and row["git"] == (info["git"] or None)
+    )
     assert row["experiment"] == "quick_experiment:quick" and row["jax"] == info["versions"]["jax"]
     assert row["devices"] == 8 and row["device_kind"] == info["devices"]["kind"]
     assert (

@@ -14,7 +14,6 @@ SIGTERM and SIGINT reach every run; each saves, and the same command goes on.  N
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -30,7 +29,7 @@ from tinyllama_jax.config import Run
 from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.lab.runs import Run as Measured
 from tinyllama_jax.lab.slots import Slot
-from tinyllama_jax.launch.supervise import NEVER
+from tinyllama_jax.launch.supervise import NEVER, PARENT
 from tinyllama_jax.schedules import Plan
 
 POLL_SECONDS = 0.2
@@ -156,13 +155,12 @@ class Sweep:
         with _log(task) as log, task.slot.taken() as environment:
             task.process = subprocess.Popen(
                 task.todo.pop(0),
-                env=os.environ | environment,
+                env=os.environ | environment | {PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # a signal to the terminal's group reaches it through us, once
                 pass_fds=() if self._lock is None else (self._lock,),  # the sweep is taken as long as a run goes on
-                preexec_fn=_stop_with_parent,
             )
         if self._signal:  # it came while the process was being made
             self._pass_on(task)
@@ -209,12 +207,6 @@ class Sweep:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _stop_with_parent() -> None:
-    """When the sweep itself is killed, its runs save and stop, as after SIGTERM: nobody would watch them (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager

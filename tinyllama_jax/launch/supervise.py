@@ -20,6 +20,7 @@ Where it stands.  All processes of a run have to start again together, so it sta
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -41,6 +42,7 @@ PAUSE_SECONDS = (1, 5, 15, 60)  # before the first restart, the second, ...
 ENDED = re.compile(rb"srun: error: [^:]+: tasks? [-\d,\[\]]+: (?:Exited with exit code (\d+)|\w.*)\s*$")
 CHECKPOINT = re.compile(r"\d{8}")
 STATE = "supervisor.json"
+PARENT = "TINYLLAMA_SWEEP"  # environment: the process id of the sweep, without which the run is to stop
 
 
 @dataclass
@@ -117,6 +119,7 @@ class Supervisor:
 
     def run(self) -> int:
         before = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        self._stop_with_parent()
         try:
             if count := os.environ.get("SLURM_RESTART_COUNT"):
                 self.say(f"job {self.job} was restarted {count} times")
@@ -128,6 +131,15 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _stop_with_parent(self) -> None:
+        """When the sweep that started this is killed, its runs save and stop: nobody would watch them (Linux)."""
+        parent = os.environ.pop(PARENT, "")
+        if parent:
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            if os.getppid() != int(parent):  # it was killed before
+                self.asked.set()
 
     def _once(self) -> int:
         """Runs the command to its end: its exit status, 128 + n when signal n ended it, 127 when there is none."""
