@@ -91,7 +91,7 @@ def _smalls(*widths: int) -> dict[str, Model]:
 
 
 def isoflop_cpu() -> list[Run]:
-    """Four budgets of 5 sizes, 2.5e11 to 2e12 FLOPs, 20 k to 270 k parameters: half an hour on two cores.
+    """Four budgets of 5 sizes with two seeds, 2.5e11 to 2e12 FLOPs, 20 k to 270 k parameters: an hour on two cores.
 
     The corpus has 4.8 M tokens at this vocabulary, which the smallest model of the largest budget sees one and a half
     times.
@@ -102,14 +102,16 @@ def isoflop_cpu() -> list[Run]:
         1e12: _smalls(24, 32, 40, 48, 56),
         2e12: _smalls(32, 40, 48, 56, 64),
     }
-    # Half of the rule's batch: with all of it the larger sizes take so few steps that these decide.
-    return sweep.checked(sweep.isoflop(cpu_base("isoflop"), list(sizes), sizes.__getitem__, batch_times=0.5))
+    # A quarter of the rule's batch: with all of it the larger sizes take so few steps that these decide.
+    runs = sweep.isoflop(cpu_base("isoflop"), list(sizes), sizes.__getitem__, batch_times=0.25)
+    return sweep.checked(sweep.product(runs, {"seed": [0, 1]}))
 
 
 def isoflop_cpu_rates() -> list[Run]:
-    """Half and twice the learning rate at both ends of the grid, where the rule is furthest from where it was made: if
-    one of them is better, the sizes were not tuned alike."""
-    ends = [run for run in isoflop_cpu() if run.name in ("isoflop-c2.5e+11-w24", "isoflop-c5e+11-w56")]
+    """Half and twice the learning rate at both ends of a budget, far from where the rule was made: if one of them is
+    better there and not here, the sizes were not tuned alike."""
+    names = ("isoflop-c5e+11-w24", "isoflop-c5e+11-w56")
+    ends = [run for run in isoflop_cpu() if run.name.rpartition("-")[0] in names]
     rates = [
         replace(
             run, name=f"{run.name}-x{times:g}", lr=replace(run.lr, peak=times * run.lr.peak, end=times * run.lr.end)

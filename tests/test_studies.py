@@ -27,7 +27,7 @@ POD = {
 }
 # FLOPs of a whole list, as its docstring says, and runs.
 CPU = {
-    "isoflop_cpu": (scaling.isoflop_cpu, 2e13, 20),
+    "isoflop_cpu": (scaling.isoflop_cpu, 4e13, 40),
     "ladder_cpu": (scaling.ladder_cpu, 2e13, 16),
     "repetition_cpu": (repetition.repetition_cpu, 1.5e13, 20),
     "gqa_cpu": (gqa.gqa_cpu, 8e12, 9),

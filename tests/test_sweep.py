@@ -176,7 +176,7 @@ REFUSALS = [
     (["experiments.scaling:isoflop_cpu", "--set", "name=x"], 78, "are both called 'x'"),
     (["experiments.scaling:isoflop_cpu", "--max-cost", "5"], 2, "--max-cost 5: on which machine?"),
     (["experiments.scaling:isoflop_cpu", "--target", "h1000"], 2, "--target h1000"),
-    (["experiments.scaling:isoflop_cpu", "--runs", "20"], 2, "is 20 runs, from 0 on"),
+    (["experiments.scaling:isoflop_cpu", "--runs", "40"], 2, "is 40 runs, from 0 on"),
     (["experiments.scaling:isoflop_cpu", "--runs", "3-1"], 2, "--runs 3-1: write it as 0,4-6"),
     (["experiments.scaling:isoflop_cpu", "--table", "no.jsonl"], 78, "no.jsonl"),
     (["experiments.scaling:isoflop_pod", "--target", "h100:8", "--max-cost", "9"], 78, "are estimated at $"),
