@@ -11,6 +11,7 @@
 #   make proof-loader  the loader over 10^8 and 10^9 tokens: speed, start, seek, memory: 3 minutes
 #   make proof-kills  two and four processes, one at a time killed 20 times: no step lost, none twice; 20 minutes
 #   make proof-fits  fits of made and published points: exact, and as sure as they say: 8 minutes
+#   make proof-lab  210 runs planned and 200 reported while a person waits: 2 minutes
 #   make proof-soak  an hour of runs that are killed, stopped, damaged and short of disk: as if nothing had happened
 #   make lint | bench | clean
 
@@ -32,7 +33,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-sky test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-fits proof-soak clean always
+.PHONY: help demo test test-faults test-sky test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-fits proof-lab proof-soak clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -122,6 +123,9 @@ proof-kills: $(VENV)/.run
 
 proof-fits: $(VENV)/.run
 	@$(RUN) benchmarks/proof_fits.py
+
+proof-lab: $(VENV)/.run
+	@$(RUN) benchmarks/proof_lab.py
 
 proof-soak: $(VENV)/.run
 	@$(RUN) tests/soak.py --minutes 60 --out benchmarks/results/proof_soak.json
