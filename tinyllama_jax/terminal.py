@@ -47,8 +47,8 @@ class Progress:
     def _text(self, documents: int, tokens: int, share: float, seconds: float) -> str:
         parts = [f"{self._phase}: {documents:,} documents"]
         if tokens:
-            parts.append(f"{tokens:,} tokens, {tokens / seconds:,.0f} a second")
-        if 0 < share < 1:
+            parts.append(f"{tokens:,} tokens" + (f", {tokens / seconds:,.0f} a second" if seconds else ""))
+        if 0 < share < 1 and seconds:  # a phase that has just begun has no speed
             parts.append(f"{100 * share:.1f} %, {duration(seconds * (1 - share) / share)} left")
         return ", ".join(parts)
 
