@@ -1,5 +1,6 @@
 """Stores in object storage: the same windows as from a local folder, kept in a cache that heals itself."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def test_damaged_cache_is_fetched_again(made, remote, tmp_path, small_blocks):
         assert_same(opened, TokenStore.open(made))
         block.write_bytes(b"")
         assert_same(opened, TokenStore.open(made))
+
+
+def test_a_cache_may_be_forgotten_while_others_read(remote, tmp_path, small_blocks):
+    store = Storage(remote, tmp_path)
+    files = [store.open("manifest.json") for _ in range(4)]
+    whole = files[0].read(0, 600)  # two blocks
+
+    def read(file) -> None:
+        for _ in range(500):
+            file.forget()
+            assert file.read(0, 600) == whole
+
+    with concurrent.futures.ThreadPoolExecutor(len(files)) as threads:
+        list(threads.map(read, files))
 
 
 def test_another_store_under_the_same_url_is_not_taken_from_the_cache(made, remote, tmp_path):

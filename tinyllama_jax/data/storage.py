@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import functools
 import os
-import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -162,8 +161,10 @@ class RemoteFile:
         buffer.cast("B")[:] = self.read(offset, buffer.nbytes)
 
     def forget(self) -> None:
-        """Drops what the cache has of this file."""
-        shutil.rmtree(self._cache, ignore_errors=True)
+        """Drops what the cache has of this file; its folder stays, since another thread may be about to write there."""
+        with contextlib.suppress(OSError):
+            for block in self._cache.glob("[!.]*"):
+                block.unlink(missing_ok=True)
 
     def _block(self, number: int) -> bytes:
         place = self._cache / f"{number:06d}"
