@@ -127,13 +127,13 @@ def write_directories(folder: Path, rows: list[dict], points: int = 12, steps: i
         (directory / "run.json").write_text(json.dumps(info))
 
         def loss(t, each=each, total=total):
-            return each["loss"] + 2.0 * ((t / total) ** -0.25 - 1)
+            return each["loss"] + 2.0 * ((max(t, 1e-3 * total) / total) ** -0.25 - 1)
 
         marks = [(s, int(total * s / steps)) for s in range(1, steps + 1)]
         metrics = [{"step": s, "tokens": t, "loss": float(loss(t) + 0.05 * rng.normal())} for s, t in marks]
         validation = [
             {"step": s, "tokens": t, "domains": {d: {"loss": float(loss(t)) + x} for d, x in (("a", -0.1), ("b", 0.1))}}
-            for s, t in marks[steps // points - 1 :: steps // points]
+            for s, t in [(0, 0), *marks[steps // points - 1 :: steps // points]]
         ]
         for name, records in (("metrics", metrics), ("validation", validation)):
             (directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

@@ -15,7 +15,14 @@ from test_report import Page
 
 from tinyllama_jax.cli import main
 from tinyllama_jax.errors import DataError, UsageError
-from tinyllama_jax.lab import study_panels, study_plots, study_plots_ablation, study_sections, study_tables
+from tinyllama_jax.lab import (
+    study_panels,
+    study_plots,
+    study_plots_ablation,
+    study_plots_repetition,
+    study_sections,
+    study_tables,
+)
 from tinyllama_jax.lab.study import is_study, read_study, write_study
 from tinyllama_jax.lab.study_factors import factors
 from tinyllama_jax.lab.study_fits import one_recipe, profiles, repetitions, surface
@@ -242,6 +249,24 @@ def test_what_is_not_drawn_is_named(tmp_path):
     made.write_directories(tmp_path, rows)
     figure, said = study_plots.overlay_figure(Study("s", rows, tmp_path))
     assert figure is not None and said.startswith("24 of 30 runs are drawn") and said.count("run-") == 6
+
+
+def test_what_was_measured_before_the_first_step_is_no_line_on_a_logarithmic_axis(tmp_path):
+    rows = [made.row(f"run-{i}", 1e5, 1e6 * 10**i, 3.0 - i / 10) for i in range(3)]
+    made.write_directories(tmp_path, rows)
+    figure, _ = study_plots.overlay_figure(Study("s", rows, tmp_path))
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log" and len(axes.lines) >= 3
+    assert all((line.get_xdata() > 0).all() for line in axes.lines[:3])
+
+
+def test_text_that_hardly_came_again_makes_no_section_about_repetition():
+    rows = made.isoflop()
+    for each in rows:
+        each |= {"epochs": 1.4, "best_loss": each["loss"]}
+    assert study_plots_repetition.gap_figure(study(rows)) is None
+    rows[0]["epochs"] = 3.0
+    assert study_plots_repetition.gap_figure(study(rows)) is not None
 
 
 def test_rows_of_nothing_but_names(tmp_path):

@@ -105,7 +105,9 @@ def overlay_figure(study: Study) -> tuple[Figure | None, str]:
     by_validation = measured >= max(1, len(curves) / 2)
     if not by_validation:
         curves = [(row, _smoothed(*study.training(row))) for row in study.rows]
-    curves = [(row, *curve) for row, curve in curves if len(curve[0]) > 1]
+    # A validation before the first step has no place on a logarithmic axis.
+    curves = [(row, tokens[tokens > 0], loss[tokens > 0]) for row, (tokens, loss) in curves]
+    curves = [curve for curve in curves if len(curve[1]) > 1]
     if len(curves) < 2:
         return None, ""
     names = [str(row.get("name", "?")) for row, *_ in curves]

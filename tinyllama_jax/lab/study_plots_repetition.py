@@ -179,7 +179,7 @@ def gap_figure(study: Study) -> Figure | None:
         "final minus best loss, nats per token": np.array(late),
     }
     data = {title: values for title, values in data.items() if np.isfinite(values).any()}
-    if not data or max(map(epochs, rows), default=1.0) <= ONE_EPOCH:
+    if not data or max(map(epochs, rows), default=1.0) < 2:  # little came again
         return None
     budgets = _budgets(rows)
     shades = ordered_colors(len(budgets))
