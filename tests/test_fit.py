@@ -111,6 +111,17 @@ def test_what_cannot_be_determined_is_refused_or_said():
     assert any("bound" in w or "did not end" in w for w in chinchilla.fit(flat, draws=10, profiles=False).warnings)
 
 
+def test_laws_without_repetition_warn_of_text_seen_again():
+    points = made(60, 0.0075, 1)
+    for law in (chinchilla, isoflop):
+        assert not any("times" in w for w in law.fit(points, draws=10).warnings if "saw their text" in w)
+    points.U[:7] = points.D[:7] / 4
+    points.U[7:] = points.D[7:] / 1.4
+    for law in (chinchilla, isoflop):
+        (warning,) = [w for w in law.fit(points, draws=10).warnings if "saw their text" in w]
+        assert warning.startswith("7 points saw their text up to 4 times")
+
+
 def profiles(constants=TRUE, width=4.0, sizes=9, noise=0.0, centre=1.0, seed=0) -> Points:
     rng = np.random.default_rng(seed)
     n, d, c = [], [], []

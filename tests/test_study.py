@@ -116,6 +116,17 @@ def test_a_budget_whose_lowest_size_is_at_the_edge_is_left_out_and_said(tmp_path
     assert "1e12 FLOPs has no optimum: its lowest loss is at the edge" in words(page)
 
 
+def test_text_seen_once_and_a_half_counts_as_new_and_is_said(tmp_path, no_surface):
+    rows = made.isoflop()
+    once = profiles(study(rows), draws=20)
+    rows[0]["epochs"], rows[1]["epochs"] = 1.2, 1.45
+    assert profiles(study(rows), draws=20).fit.constants == once.fit.constants
+    page = report(made.write_table(tmp_path / "t.jsonl", rows), tmp_path / "out")
+    assert "2 runs saw the text up to 1.45 times" in words(page)
+    rows[2]["epochs"] = 1.6
+    assert rows[2] not in study(rows).fresh
+
+
 def test_unfinished_runs_change_no_fit():
     rows = made.isoflop()
     lost = [made.row("lost", 3e5, 5e5, 9.0, status="unfinished"), made.row("failed", 3e5, 5e5, 0.1, status="failed")]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama_jax.errors import UserError
-from tinyllama_jax.lab.fit.points import Points, clusters
+from tinyllama_jax.lab.fit.points import AS_NEW, Points, clusters
 from tinyllama_jax.lab.runs import Run
 
 Row = Mapping[str, Any]
@@ -47,8 +47,8 @@ class Study:
 
     @cached_property
     def fresh(self) -> list[Row]:
-        """Those that repeated nothing."""
-        return [row for row in self.fitted if epochs(row) <= ONE_EPOCH]
+        """Those whose text may count as new."""
+        return [row for row in self.fitted if epochs(row) <= AS_NEW]
 
     @cached_property
     def repeated(self) -> list[Row]:

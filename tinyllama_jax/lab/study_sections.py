@@ -17,7 +17,7 @@ from tinyllama_jax.lab.page import table
 from tinyllama_jax.lab.study_factors import factors
 from tinyllama_jax.lab.study_fits import DRAWS, Repetition, one_recipe, profiles, repetitions, surface
 from tinyllama_jax.lab.study_panels import plain
-from tinyllama_jax.lab.study_rows import Study
+from tinyllama_jax.lab.study_rows import ONE_EPOCH, Study, epochs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def _isoflop(study: Study, draws: int) -> Section | None:
     section.parts.append(Picture("isoflop", plots.styled(lambda: scaling_plots.isoflop_figure(found, study)), caption))
     left_out = [(plain(found.budgets[i].compute), why) for i, why in found.left_out.items()]
     section.parts += [_paragraph(f"{budget} FLOPs has no optimum: {why}") for budget, why in left_out]
-    section.parts.append(_paragraph(one_recipe(study.fresh)[1]))
+    section.parts += [_paragraph(one_recipe(study.fresh)[1]), _paragraph(_seen_again(study))]
     if found.fit is None:
         section.parts.append(_paragraph(f"No power law: {found.failure}."))
         return section
@@ -100,6 +100,12 @@ def _isoflop(study: Study, draws: int) -> Section | None:
     return section
 
 
+def _seen_again(study: Study) -> str:
+    passes = [each for each in map(epochs, study.fresh) if each > ONE_EPOCH]
+    runs = "1 run" if len(passes) == 1 else f"{len(passes)} runs"
+    return f"{runs} saw the text up to {max(passes):.3g} times; all of it counts as new" if passes else ""
+
+
 def _surface(study: Study, draws: int) -> Section | None:
     found, said = surface(study, draws)
     if found is None:
@@ -107,6 +113,7 @@ def _surface(study: Study, draws: int) -> Section | None:
     section, fit = Section("Chinchilla's surface"), found.fit
     law = "<p>L = E + A / N<sup>α</sup> + B / D<sup>β</sup>, Huber loss of log losses, from {} runs; {} resamples.</p>"
     section.parts += [law.format(len(found.points), fit.quality.get("resamples", draws)), _paragraph(said)]
+    section.parts.append(_paragraph(_seen_again(study)))
     caption = (
         "Contours of the fitted loss, the runs it was fitted to, and for each budget the best of both (6 N D = C). "
         f"Dashed beyond the largest budget. {SMALL}"

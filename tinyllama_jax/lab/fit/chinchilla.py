@@ -18,7 +18,7 @@ import numpy as np
 
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.lab.fit import many, resample
-from tinyllama_jax.lab.fit.points import Points, check_span
+from tinyllama_jax.lab.fit.points import Points, check_span, repeats
 from tinyllama_jax.lab.fit.profile import profile
 from tinyllama_jax.lab.fit.result import Fit, residual_quality
 from tinyllama_jax.lab.fit.robust import DELTA, Minima, Problem, minimise
@@ -153,7 +153,7 @@ def fit(
     Raises DataError when the points cannot determine the law.
     """
     surface = Surface(tied=tied, given=given, delta=delta)
-    warnings = check_span(points, len(surface.columns))
+    warnings = check_span(points, len(surface.columns)) + repeats(points)
     found, share = surface.search(points)
     theta_P, objective = found.theta_SP[found.best], float(found.objective_S.min())
     if not found.converged_S[found.best]:

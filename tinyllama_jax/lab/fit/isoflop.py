@@ -20,7 +20,7 @@ import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
 from tinyllama_jax.errors import ConfigError, DataError
-from tinyllama_jax.lab.fit.points import Points, clusters
+from tinyllama_jax.lab.fit.points import Points, clusters, repeats
 from tinyllama_jax.lab.fit.resample import interval
 from tinyllama_jax.lab.fit.result import Fit
 
@@ -115,7 +115,7 @@ def fit(
         raise ConfigError(f"window {window}: a factor above 1")
     number_N = clusters(points.C)
     budgets = [Budget(points.take(number_N == k), window) for k in range(number_N.max() + 1)]
-    warnings = list(points.notes)
+    warnings = [*points.notes, *repeats(points)]
     kept = [b for b in budgets if not b.refused()]
     warnings += [f"{b.compute:.3g} FLOPs is left out: {b.refused()}" for b in budgets if b.refused()]
     if noise is None:
