@@ -145,6 +145,26 @@ def test_isoflop_profiles_give_the_exponents(method):
     noisy = isoflop.fit(profiles(width=3.9, noise=0.002), method=method, draws=300)
     low, high = noisy.ci95["N"]
     assert low < a < high and high - low > 0.005
+    held = noisy.quality["held_out"]
+    best = chinchilla.optimum(TRUE, 1e21)["N"]
+    assert held["N"] == pytest.approx(best, rel=0.15) and held["N_ci95"][0] < best < held["N_ci95"][1]
+    assert held["compute_ratio"] == pytest.approx(10) and 0 <= held["relative_loss"] < 1e-3
+
+
+def test_a_law_that_misses_the_largest_budget_says_by_how_much():
+    """Its best size is moved to half of what the others say."""
+    points = profiles(width=3.9)
+    last = points.C == points.C.max()
+    points.N[last] /= 2
+    points.D[last] *= 2
+    found = isoflop.fit(points, draws=50)
+    assert found.quality["held_out"]["relative_error"] == pytest.approx(1, abs=0.1)
+    assert found.quality["held_out"]["relative_loss"] > 1e-3
+    assert any("left out: the largest budget, 10 times the next: N* " in line for line in found.lines())
+    surface = chinchilla.fit(made(60, 0.01, 1), draws=10, profiles=False)
+    assert any("its losses are missed by" in line for line in surface.lines())
+    two = points.take(points.C <= 1e18)
+    assert isoflop.fit(two, draws=10).quality["held_out"] is None
 
 
 def test_a_wide_window_biases_a_parabola():

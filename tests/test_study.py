@@ -93,7 +93,8 @@ def test_the_numbers_are_told(everything):
     rows, page = everything
     text = words(page)
     assert f"{len(rows) - 1} of {len(rows)} runs finished" in text
-    for told in ("The best number of parameters grows as C^", "without the largest budget predicts its loss", "a29e616",
+    for told in ("The best number of parameters grows as C^", "without the largest budget the law says N*",
+                 "without the largest budget predicts its loss", "a29e616",
                  "model.kv_heads", "paired, n = 3", "model.rope.kind", "condition number is that of"):  # fmt: skip
         assert told in text, told
 

@@ -13,6 +13,7 @@ from tinyllama_jax.lab import study_plots_ablation as ablation_plots
 from tinyllama_jax.lab import study_plots_repetition as repetition_plots
 from tinyllama_jax.lab import study_plots_scaling as scaling_plots
 from tinyllama_jax.lab import study_tables as tables
+from tinyllama_jax.lab.fit.result import missed
 from tinyllama_jax.lab.page import table
 from tinyllama_jax.lab.study_factors import factors
 from tinyllama_jax.lab.study_fits import DRAWS, Repetition, one_recipe, profiles, repetitions, surface
@@ -96,6 +97,8 @@ def _isoflop(study: Study, draws: int) -> Section | None:
     )
     section.parts.append(Picture("optima", plots.styled(lambda: scaling_plots.optima_figure(found)), caption))
     section.parts.append(tables.optima(found.fit.derived["optima"]))
+    if held := found.fit.quality["held_out"]:
+        section.parts.append(_paragraph(f"Fitted without the largest budget the law says {missed(held)}"))
     section.parts += _warnings(w for w in found.fit.warnings if "left out" not in w)
     return section
 

@@ -173,11 +173,35 @@ def fit(
             "predictions": [_predict(c, lines, drawn) for c in budgets_asked],
         },
         warnings=warnings,
-        quality={"points": len(points), "budgets": len(budgets), "noise": noise, "resamples": draws},
+        quality={
+            "points": len(points),
+            "budgets": len(budgets),
+            "noise": noise,
+            "resamples": draws,
+            "held_out": _held_out(rows[-1][0], log_c, own_n, drawn_n, weight) if len(rows) > 2 else None,
+        },
         data=points.span(),
         draws={name: slope for name, (slope, _) in drawn.items()}
         | {f"{name}_intercept": intercept for name, (_, intercept) in drawn.items()},
     )
+
+
+def _held_out(largest: Budget, log_c: np.ndarray, own_n: np.ndarray, drawn_n: np.ndarray, weight: np.ndarray) -> dict:
+    """What the power law of the other budgets says of the largest, and what a model of that size would lose there."""
+
+    def beyond(y_RN: np.ndarray) -> np.ndarray:
+        slope_R, intercept_R = _line(log_c[:-1], y_RN[:, :-1], weight[:-1])
+        return intercept_R + slope_R * log_c[-1]
+
+    said, measured = float(beyond(own_n[None])[0]), float(own_n[-1])
+    return {
+        "compute_ratio": math.exp(log_c[-1] - log_c[-2]),
+        "N": math.exp(said),
+        "N_ci95": interval(np.exp(beyond(drawn_n))),
+        "measured_N": math.exp(measured),
+        "relative_error": math.exp(said - measured) - 1,
+        "relative_loss": largest.loss_at(said) / largest.loss_at(measured) - 1,
+    }
 
 
 def _line(x: np.ndarray, y_RN: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -48,7 +48,22 @@ class Fit:
             if isinstance(value, float):
                 low, high = self.ci95.get(name, (value, value))
                 said.append(f"  {name:>6} {value:>14.6g}   95 %: {low:.5g} to {high:.5g}")
+        if held := self.quality.get("held_out"):
+            ratio = f"{held['compute_ratio']:.3g}"
+            said.append(f"  left out: the largest budget, {ratio} times the next: {missed(held)}")
         return said + [f"warning: {text}" for text in self.warnings]
+
+
+def missed(held: dict) -> str:
+    """What a fit without the largest budget says of it, beside what was measured."""
+    if "N" not in held:
+        mean, most = held["mean_relative_error"], held["largest_relative_error"]
+        return f"its losses are missed by {mean:.2%} on average, {most:.2%} at most"
+    low, high = held["N_ci95"]
+    return (
+        f"N* {held['N']:.4g} ({low:.4g} to {high:.4g}) instead of {held['measured_N']:.4g}, which would cost "
+        f"{held['relative_loss']:.2%} of the loss"
+    )
 
 
 def residual_quality(predicted_N: np.ndarray, measured_N: np.ndarray) -> dict[str, float]:
