@@ -104,6 +104,15 @@ def test_a_fit_takes_the_finished_runs_and_says_what_it_left_out(tmp_path, capsy
     assert same["constants"] == value["constants"] and "16" in str(same["quality"]["resampled"])
 
 
+def test_text_that_runs_saw_again_does_not_pass_unseen(tmp_path, capsys):
+    rows = [row | {"unique_tokens": min(row["tokens"], 2e7)} for row in laws(tmp_path)]
+    table.write(rows, tmp_path / "u.jsonl")
+    value = fitted(capsys, "--runs", tmp_path / "u.jsonl")
+    assert any("4 points saw their text up to 3.2 times" in w for w in value["warnings"])
+    table.write([*rows[:-1], rows[-1] | {"unique_tokens": None}], tmp_path / "u.jsonl")  # one whose store is not known
+    assert not any("saw their text" in w for w in fitted(capsys, "--runs", tmp_path / "u.jsonl")["warnings"])
+
+
 def test_any_column_may_be_n_and_rows_may_be_chosen(tmp_path, capsys):
     laws(tmp_path)
     other = fitted(capsys, "--runs", tmp_path / "t.jsonl", "--n-column", "matmul")

@@ -179,6 +179,8 @@ def _points(args: argparse.Namespace, *needed: str):
     if rows is None:
         return read_csv(args.csv, Columns(**asked), where(args))
     asked["group"] = asked["group"] or ("group" if args.runs else "")
+    if not asked["U"] and all(row.get("unique_tokens") for row in rows):  # so that repeated text does not pass unseen
+        asked["U"] = "unique_tokens"
     return of_rows(rows, Columns(**asked), _source(args))
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from tinyllama_jax.lab.draw import ALARM, GREY, INK, PALETTE
 from tinyllama_jax.lab.fit import chinchilla
+from tinyllama_jax.lab.fit.points import AS_NEW
 from tinyllama_jax.lab.fit.profile import CHI2_95
 from tinyllama_jax.lab.study_fits import Repetition
 from tinyllama_jax.lab.study_panels import (
@@ -45,7 +46,7 @@ def panels_of(found: Sequence[Repetition]) -> tuple[list[tuple[Repetition, float
         for k in range(member.max() + 1):
             inside = member == k
             epochs_N = each.points.D / np.minimum(each.points.U, each.points.D)
-            several = int((epochs_N[inside] > ONE_EPOCH).sum())
+            several = int((epochs_N[inside] > AS_NEW).sum())
             if several:
                 places.append((several, each, float(np.median(each.points.N[inside]))))
     kept = sorted(sorted(places, key=lambda place: -place[0])[:MOST_PANELS], key=_order)
@@ -117,7 +118,7 @@ def laws_figure(each: Repetition) -> Figure | None:
     size = float(np.exp(0.02 * sizes.most_common(1)[0][0]))
     rows = [row for row in each.rows if abs(number(row, "parameters") / size - 1) < 0.03]
     size = float(np.median(column(rows, "parameters")))
-    budgets = [u for u in _budgets(rows) if sum(_is_of(row, u) and epochs(row) > ONE_EPOCH for row in rows) >= 2]
+    budgets = [u for u in _budgets(rows) if sum(_is_of(row, u) and epochs(row) > AS_NEW for row in rows) >= 2]
     if not budgets:
         return None
     budgets = budgets[:MOST_PANELS]
@@ -228,7 +229,7 @@ def _means(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _budgets(rows: Sequence[Row]) -> list[float]:
     """The numbers of unique tokens that were repeated, in increasing order."""
-    unique = np.array([number(row, "unique_tokens") for row in rows if epochs(row) > ONE_EPOCH])
+    unique = np.array([number(row, "unique_tokens") for row in rows if epochs(row) > AS_NEW])
     unique = unique[np.isfinite(unique)]
     if not len(unique):
         return []
