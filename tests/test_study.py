@@ -230,6 +230,14 @@ def test_a_curriculum_is_compared_by_shares_not_by_lengths():
     assert factor.blocks[0].values[1][0] == "base 80% (prose 100%) → cooldown 20% (prose 100%)"
 
 
+def test_variants_are_named_by_what_is_unusual_in_them():
+    found = study_plots_ablation.variants(study(made.rope()).finished)
+    labels = [each.label for each in found]
+    assert len(set(labels)) == len(labels) == 4, labels
+    assert labels[0] == "rope.kind default" and "rope.kind none" in labels, labels
+    assert all("theta" not in label for label in labels if "rope.kind none" in label)
+
+
 def test_one_seed_makes_no_claim():
     (factor,) = factors(made.gqa(seeds=1))
     html = study_tables.ablation(factor)

@@ -105,9 +105,7 @@ def overlay_figure(study: Study) -> tuple[Figure | None, str]:
     by_validation = measured >= max(1, len(curves) / 2)
     if not by_validation:
         curves = [(row, _smoothed(*study.training(row))) for row in study.rows]
-    # A validation before the first step has no place on a logarithmic axis.
-    curves = [(row, tokens[tokens > 0], loss[tokens > 0]) for row, (tokens, loss) in curves]
-    curves = [curve for curve in curves if len(curve[1]) > 1]
+    curves = [(row, *curve) for row, curve in curves if len(curve[0]) > 1]
     if len(curves) < 2:
         return None, ""
     names = [str(row.get("name", "?")) for row, *_ in curves]
@@ -121,18 +119,21 @@ def overlay_figure(study: Study) -> tuple[Figure | None, str]:
     figure, (axes,) = grid([f"{what}, nats per token"], columns=1, height=height, right=margin)
     recipes = list(dict.fromkeys(_recipe(row) for row, *_ in shown))
     shade = {r: c for r, c in zip(recipes, _many(len(recipes)), strict=True)}
-    ends = []
-    for (row, tokens, loss), label in zip(shown, labels, strict=True):
-        at = evenly(len(tokens))
-        color = shade[_recipe(row)]
-        axes.plot(tokens[at], loss[at], color=color, lw=1.3, alpha=0.9)
-        ends.append((float(loss[-1]), f"{shorten(label, 26)}  {loss[-1]:.3f}", color))
     ended = [id(row) for row in study.finished]
     scale = [curve for curve in shown if id(curve[0]) in ended]
     scale = scale if len(scale) > 1 else shown  # a run that has only begun does not set it
     longest, shortest = (most(tokens[-1] for _, tokens, _ in scale) for most in (max, min))
-    if longest / shortest > 4:
-        log_axis(axes, "x", np.array([max(min(t[0] for _, t, _ in scale), shortest / 10), longest]), counted)
+    logarithmic = longest / shortest > 4
+    ends = []
+    for (row, tokens, loss), label in zip(shown, labels, strict=True):
+        at = evenly(len(tokens))
+        at = at[tokens[at] > 0] if logarithmic else at  # what was measured before the first step has no place there
+        color = shade[_recipe(row)]
+        axes.plot(tokens[at], loss[at], color=color, lw=1.3, alpha=0.9)
+        ends.append((float(loss[-1]), f"{shorten(label, 26)}  {loss[-1]:.3f}", color))
+    if logarithmic:
+        first = min(t[t > 0][0] for _, t, _ in scale)
+        log_axis(axes, "x", np.array([max(first, shortest / 10), longest]), counted)
     else:
         axes.set_xlim(0, longest)
         axes.xaxis.set_major_formatter(lambda value, _: counted(value))

@@ -38,7 +38,11 @@ class Variant:
 
 
 def variants(rows: Sequence[Row]) -> list[Variant]:
-    """By everything in the configuration that differs, seeds apart; named by what is no size."""
+    """By everything in the configuration that differs, seeds apart.
+
+    Each is named by the fields, sizes apart, in which it has not the value that most have; what is usual in all of them
+    by the first one.
+    """
     rows = list(rows)
     table = design(rows)
     fields = [f for f in table if f not in (*SIZE, "model.heads", "batch_tokens") and not f.startswith("lr.")]
@@ -48,10 +52,13 @@ def variants(rows: Sequence[Row]) -> list[Variant]:
     for i in range(len(rows)):
         groups.setdefault(tuple(values[i] for values in table.values()), []).append(i)
     several = size.max() > 0 if len(rows) else False
+    values = {field: [table[field][members[0]] for members in groups.values()] for field in fields}
+    usual = {field: max(dict.fromkeys(those), key=those.count) for field, those in values.items()}
     found = []
     for members in groups.values():
         those = [rows[i] for i in members]
-        label = variant(those[0], fields) or str(those[0].get("name", "run"))
+        other = [field for field in fields if table[field][members[0]] != usual[field]]
+        label = variant(those[0], other or fields[:1]) or str(those[0].get("name", "run"))
         if several:
             label = f"{si(float(np.mean(column(those, 'parameters'))))}: {label}"
         found.append(Variant(label, int(size[members[0]]), those))
@@ -71,7 +78,7 @@ def serving_figure(study: Study) -> Figure | None:
     if not axes_of or len(measured) < 2:
         return None
     found = [v for v in variants(measured)][:MOST_VARIANTS]
-    margin = room([shorten(v.label, 28) for v in found] + ["trained length"])
+    margin = room([shorten(v.label, 32) for v in found] + ["trained length"])
     figure, panels = grid([title for _, title, *_ in axes_of], columns=2, height=2.8, right=margin, gap=0.85)
     shade = _shades(found)
     for axes, (name, _, label, more_is_better) in zip(panels, axes_of, strict=True):
@@ -94,7 +101,7 @@ def serving_figure(study: Study) -> Figure | None:
         spread = [v.mean("loss") for v in found]
         level(axes, np.array([m.value + s * m.se if math.isfinite(m.se) else m.value for m in spread for s in (-1, 1)]))
         axes.set_xlabel(label, loc="left")
-    entries = [(shorten(v.label, 28), dot(shade[v.label], marker="os^vDP"[v.size % 6])) for v in found]
+    entries = [(shorten(v.label, 32), dot(shade[v.label], marker="os^vDP"[v.size % 6])) for v in found]
     key(panels[min(2, len(panels)) - 1], [*entries, ("Pareto front", {"color": GREY, "ls": DASHED, "lw": 1})])
     return figure
 
@@ -118,7 +125,7 @@ def beyond_figure(study: Study) -> Figure | None:
     lengths = sorted({length for those in methods.values() for length in those})
     shade = dict(zip(methods, colors(len(methods)), strict=True))
     single = len(found) == 1
-    titles = ["loss" if single else shorten(f"loss: {v.label}", 48) for v in found]
+    titles = ["loss" if single else shorten(f"loss: {v.label}", 40) for v in found]
     columns = 1 if single else 2
     figure, panels = grid(
         titles, columns=columns, height=3.2 if single else 2.3, right=room(["trained length"]), gap=0.65
@@ -158,7 +165,7 @@ def position_figure(study: Study) -> Figure | None:
     methods = dict(list(_methods(rows, BY_POSITION).items())[:MOST_PANELS])
     found = variants(rows)[:MOST_VARIANTS]
     shade = _shades(found)
-    margin = room([shorten(v.label, 28) for v in found] + ["trained length"])
+    margin = room([shorten(v.label, 32) for v in found] + ["trained length"])
     columns = min(2, len(methods))
     titles = [f"loss: {method}, window of {max(lengths):,}" for method, lengths in methods.items()]
     figure, panels = grid(titles, columns=columns, height=2.3, right=margin, gap=0.65)
@@ -180,7 +187,7 @@ def position_figure(study: Study) -> Figure | None:
             axes.axvline(trained, color=INK, lw=0.9, ls=DASHED)
         axes.set_xlim(0, max(lengths))
         axes.set_xlabel("position in the window, tokens", loc="left")
-    entries = [(shorten(v.label, 28), {"color": shade[v.label]}) for v in found]
+    entries = [(shorten(v.label, 32), {"color": shade[v.label]}) for v in found]
     key(panels[columns - 1], [*entries, ("trained length", {"color": INK, "ls": DASHED, "lw": 0.9})])
     return figure
 
