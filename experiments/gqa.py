@@ -61,7 +61,7 @@ def _cpu(arms: tuple[str, ...]) -> list[Run]:
 
 def gqa_cpu() -> list[Run]:
     """8, 2 and 1 key and value heads beside 8 query heads, three seeds: 9 runs of 0.2M parameters on 0.7M tokens,
-    7e12 FLOPs, a quarter of an hour on two cores."""
+    7e12 FLOPs, seven minutes on two cores."""
     return _cpu(("fixed",))
 
 

@@ -27,7 +27,7 @@ SEEDS = (3407, 3408, 3409)
 
 
 def repetition_cpu() -> list[Run]:
-    """3 budgets x 5 epoch counts at weight decay 0.1, and one budget at 1.0: 20 runs, half an hour on two cores."""
+    """3 budgets x 5 epoch counts at weight decay 0.1, and one budget at 1.0: 20 runs, 15 minutes on two cores."""
     base = _watched(replace(cpu_base("repetition"), model=small(40)), 256)
     grid = sweep.repeated(base, (50_000, 100_000, 200_000), (1, 4, 8, 16, 44))
     decayed = sweep.product(_of(grid, 100_000), {"optimizer.weight_decay": [1.0]})

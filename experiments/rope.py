@@ -39,7 +39,7 @@ def _study(base: Run, ropes: dict[str, Rope], seeds: tuple[int, ...]) -> list[Ru
 
 def rope_cpu() -> list[Run]:
     """As in TinyLlama, half of each head, none, and a theta of 500,000 (Llama 3's), three seeds: 12 runs of 0.2M
-    parameters on 0.7M tokens, 9e12 FLOPs, twenty minutes on two cores."""
+    parameters on 0.7M tokens, 9e12 FLOPs, six minutes on two cores."""
     base = cpu_base("rope")
     model = replace(llama(3, 64, 4, 2, 176, vocab_size=512, context_tokens=128), compute_dtype="float32")
     base = replace(
