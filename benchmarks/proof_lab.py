@@ -1,6 +1,6 @@
 """Proof that planning and reporting keep a person waiting for seconds.
 
-    make proof-lab        # 2 minutes on two cores
+    make proof-lab        # half a minute on two cores
 
 a. `sweep --dry-run` of 210 runs on the pod, with time and price on a target: less than 2 s.
 b. `report` of 200 finished runs, of ten isoFLOP budgets and of repeated data at two weight decays: less than 30 s each.
