@@ -10,7 +10,7 @@
 #   make proof-data  a million generated documents, killed ten times on the way: the same store byte for byte; 20 GB
 #   make proof-loader  the loader over 10^8 and 10^9 tokens: speed, start, seek, memory: 3 minutes
 #   make proof-kills  two and four processes, one at a time killed 20 times: no step lost, none twice; 20 minutes
-#   make proof-fits  fits of made and published points: exact, and as sure as they say: 8 minutes
+#   make proof-fits  fits of made and published points: exact, and as sure as they say: a minute
 #   make proof-lab  210 runs planned and 200 reported while a person waits: half a minute
 #   make proof-soak  an hour of runs that are killed, stopped, damaged and short of disk: as if nothing had happened
 #   make lint | bench | clean

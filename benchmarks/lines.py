@@ -81,6 +81,17 @@ def slug(kind: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in kind.lower()).split())
 
 
+def conclude(record: dict, failed: Sequence[str], out: Path) -> int:
+    """Writes a proof's record with what failed of it, to stdout and the file; -> the exit status."""
+    record = record | {"failed": list(failed)}
+    emit(record)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    for text in failed:
+        print(f"{record['benchmark']}: {text}", file=sys.stderr)
+    return int(bool(failed))
+
+
 def emit(line: dict, *files: TextIO | None) -> None:
     """One line of JSON to stdout, and to files that are not None, at once: what follows may end the process."""
     text = json.dumps(line)

@@ -1,6 +1,6 @@
 """Proof that the fits of scaling laws find what was put in, and are as sure of it as they say.
 
-    make proof-fits        # 8 minutes on two cores
+    make proof-fits        # a minute on two cores
 
 a. A hundred noisy draws of a made surface, 60 points each, 200 resamples: the nominal 95 % intervals hold each constant
    in 88 to 99 of them, at a small and at a large noise.
@@ -15,7 +15,6 @@ Writes results/proof_fits.json.  Exit status 1 when a claim does not hold.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from lines import RESULTS, ROOT, origin
+from lines import RESULTS, ROOT, conclude, origin
 
 from tinyllama_jax.lab.fit import chinchilla, repeated, repetition, resample
 from tinyllama_jax.lab.fit.points import Columns, Points, read_csv
@@ -146,13 +145,7 @@ def main() -> int:
     record["published_repetition"] = {**found, "seconds": seconds}
     if not as_published(found):
         failed.append(f"repetition: {found}")
-    record["failed"] = failed
-    print(json.dumps(record), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    for text in failed:
-        print(f"proof_fits: {text}", file=sys.stderr)
-    return 1 if failed else 0
+    return conclude(record, failed, args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ when one takes longer.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -21,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lines import RESULTS, ROOT, origin
+from lines import RESULTS, ROOT, conclude, origin
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -72,13 +71,7 @@ def main() -> int:
     for part, found in record.items():
         if isinstance(found, dict) and found.get("seconds", 0) > found.get("limit_seconds", float("inf")):
             failed.append(f"{part}: {found['seconds']} s, more than {found['limit_seconds']}")
-    record["failed"] = failed
-    print(json.dumps(record), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    for text in failed:
-        print(f"proof_lab: {text}", file=sys.stderr)
-    return 1 if failed else 0
+    return conclude(record, failed, args.out)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def report(*args, **options):
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Pictures with fewer pixels, because drawing them is what takes the time; `complete` has them in full."""
-    monkeypatch.setattr(report_module, "save", functools.partial(draw.save, dpi=60))
+    monkeypatch.setattr(report_module, "png", functools.partial(draw.png, dpi=60))
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +248,7 @@ def test_pictures_of_few_colours_look_as_drawn():
     x, y = np.meshgrid(np.linspace(0, 1, 60), np.linspace(0, 1, 60))
     axes.contourf(x, y, np.hypot(x, y), levels=30, cmap="viridis")
     axes.plot(0.5, 0.5, "o", color="#ff00ff", ms=4)
-    kept, whole = io.BytesIO(), io.BytesIO()
-    draw.save(figure, kept, dpi=100)
+    kept, whole = io.BytesIO(draw.png(figure, dpi=100)), io.BytesIO()
     figure.savefig(whole, format="png", dpi=100)
     found, drawn = (np.asarray(Image.open(file).convert("RGB"), int) for file in (kept, whole))
     assert np.abs(found - drawn).max() <= 24

@@ -278,6 +278,11 @@ def test_a_damaged_table_is_one_line(tmp_path, text, said):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_nowhere_is_said_to_be_nowhere(capsys):
+    assert main(["report", "nowhere", "--out", "x"]) == 78
+    assert "nowhere: no such run directory" in capsys.readouterr().err
+
+
 def test_the_verb_takes_sweeps_and_tables(tmp_path, capsys):
     sweep = tmp_path / "sweep"
     table = made.write_table(sweep / "runs.jsonl", made.rope(1)[:2])

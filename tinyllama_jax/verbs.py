@@ -134,9 +134,9 @@ def report(args: argparse.Namespace) -> None:
         page = write_study(args.run, args.out or None)
         answer(args, {"report": str(page)}, [str(page)])
         return
+    run, batch_tokens = RunDirectory(args.run), args.reference_batch_tokens
     if args.out:
         raise UsageError(f"--out goes with a sweep or a table; the report of a run is written into {args.run}")
-    run, batch_tokens = RunDirectory(args.run), args.reference_batch_tokens
     curves = [reference.read(path, columns, batch_tokens) for path in args.reference]
     page = write_report(run, compare=[Path(p) for p in args.compare], references=curves)
     compared = against(run, curves)

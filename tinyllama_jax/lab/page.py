@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import tempfile
@@ -139,6 +140,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequenc
 
     head = f"<thead>{row(header, 'th')}</thead>" if any(header) else ""
     return f'<div class="scroll"><table>{head}<tbody>{"".join(row(r, "td") for r in rows)}</tbody></table></div>'
+
+
+def picture(image: bytes, name: str, caption: str) -> str:
+    """A figure with its caption; the PNG lies inside the page.  Both texts are HTML already."""
+    source = "data:image/png;base64," + base64.b64encode(image).decode()
+    return f'<figure><img src="{source}" alt="{name}"><figcaption>{caption}</figcaption></figure>'
 
 
 def duration(seconds: float) -> str:

@@ -6,8 +6,6 @@ can be mailed, archived, or opened from a cluster's file system years later.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections import Counter
@@ -20,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from tinyllama_jax import __version__
-from tinyllama_jax.lab.draw import last, save, scientific, si, smooth
+from tinyllama_jax.lab.draw import last, png, scientific, si, smooth
 from tinyllama_jax.lab.history import events, time_spent
-from tinyllama_jax.lab.page import CAPTIONS, PAGE, duration, number, table, write_page
+from tinyllama_jax.lab.page import CAPTIONS, PAGE, duration, number, picture, table, write_page
 from tinyllama_jax.lab.plots import breaks, figures, unique_names
 from tinyllama_jax.lab.reference import Comparison, Curve, of_run
 from tinyllama_jax.lab.reference import compare as compare_curves
@@ -48,11 +46,7 @@ def write_report(
     drawn = figures(run, others)
     if compared:
         drawn["reference"] = reference_figure(run.name, compared)
-    images = {}
-    for name, figure in drawn.items():
-        buffer = io.BytesIO()
-        save(figure, buffer)
-        images[name] = buffer.getvalue()
+    images = {name: png(figure) for name, figure in drawn.items()}
     return write_page(run.directory, render(run, images, others, compared), images)
 
 
@@ -163,8 +157,7 @@ def _verdicts(run: Run) -> str:
 
 def _figure(name: str, image: bytes) -> str:
     heading, caption = CAPTIONS[name]
-    source = "data:image/png;base64," + base64.b64encode(image).decode()
-    return f'<h2>{heading}</h2><figure><img src="{source}" alt="{heading}"><figcaption>{caption}</figcaption></figure>'
+    return f"<h2>{heading}</h2>" + picture(image, heading, caption)
 
 
 def _comparison(run: Run, others: Sequence[Run]) -> str:

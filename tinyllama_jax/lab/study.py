@@ -7,8 +7,6 @@ The page has the style and the content security policy of a run's report.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -20,8 +18,8 @@ import numpy as np
 from tinyllama_jax import __version__
 from tinyllama_jax.errors import DataError, UsageError
 from tinyllama_jax.lab import table
-from tinyllama_jax.lab.draw import save, si
-from tinyllama_jax.lab.page import PAGE, duration, write_page
+from tinyllama_jax.lab.draw import png, si
+from tinyllama_jax.lab.page import PAGE, duration, picture, write_page
 from tinyllama_jax.lab.study_fits import DRAWS
 from tinyllama_jax.lab.study_panels import plain
 from tinyllama_jax.lab.study_rows import Study, column, compute, number
@@ -70,13 +68,8 @@ def write_study(source: str | Path, out: str | Path | None = None, *, draws: int
         raise UsageError(f"{source}: --out DIR says where the report of a table goes")
     study = read_study(source)
     made = sections(study, draws=draws)
-    images = {}
-    for section in made:
-        for part in section.parts:
-            if isinstance(part, Picture):
-                buffer = io.BytesIO()
-                save(part.figure, buffer, dpi=dpi)
-                images[part.name] = buffer.getvalue()
+    pictures = (part for section in made for part in section.parts if isinstance(part, Picture))
+    images = {each.name: png(each.figure, dpi=dpi) for each in pictures}
     return write_page(Path(source if out is None else out), render(study, made, images), images)
 
 
@@ -94,10 +87,8 @@ def render(study: Study, made: Sequence[Section], images: dict[str, bytes]) -> s
     return PAGE.substitute(title=escape(study.name), body="\n".join(filter(None, body)), footer=footer)
 
 
-def _figure(picture: Picture, image: bytes) -> str:
-    source = "data:image/png;base64," + base64.b64encode(image).decode()
-    caption = escape(picture.caption)
-    return f'<figure><img src="{source}" alt="{escape(picture.name)}"><figcaption>{caption}</figcaption></figure>'
+def _figure(part: Picture, image: bytes) -> str:
+    return picture(image, escape(part.name), escape(part.caption))
 
 
 def _head(study: Study) -> str:

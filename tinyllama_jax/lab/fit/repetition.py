@@ -55,8 +55,8 @@ def fit(
     for surface, about in [(dict(base), "given")] if base else _surfaces(points, delta):
         chosen = repeated.LAWS[law](surface)
         found = _search(_problem_of(chosen, delta), chosen, points, start, every=True)
-        tried.append((float(found.objective_S[found.best]), len(tried), chosen, found, about))
-    _, _, chosen, found, about = min(tried, key=lambda each: each[:2])
+        tried.append((float(found.objective_S[found.best]), chosen, found, about))
+    _, chosen, found, about = min(tried, key=lambda each: each[0])
     base, problem_of = dict(chosen.base), _problem_of(chosen, delta)
     problem = problem_of(points)
     if not found.converged_S[found.best]:
