@@ -103,7 +103,7 @@ def test_what_does_not_agree_fails(proven, tmp_path):
 
 @pytest.mark.slow
 def test_the_speeds_are_of_the_same_tokens():
-    command = [sys.executable, ROOT / "benchmarks/data.py", "--documents", "400", "--rounds", "1"]
+    command = [sys.executable, ROOT / "benchmarks/prepare.py", "--documents", "400", "--rounds", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,13 +11,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import made_store
 import proof_loader
 
 from tinyllama_jax.data.store import TokenStore
 
 # What other test processes on the same cores leave of the claims about time; a cost that grows with the place in the
 # run, or with the store, is far beyond.
-BUSY = {"speed": 10e6, "seek_ratio": 4}
+BUSY = {"speed": 10e6, "seek": 4, "first_s": 60}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def stores(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(stores):
-    return proof_loader.prove(stores, (10**6, 10**7), runs=1, seconds=1, rounds=25)
+    return proof_loader.prove(stores, (10**6, 10**7), runs=1, seconds=0.5, rounds=25)
 
 
 @pytest.mark.slow
@@ -37,19 +38,11 @@ def test_the_claims_hold(results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("speed", "tokens_per_processor_s"), 9e6, "9.0 million tokens a second"),
-        (("cold", "first_batch_s"), 2.1, "first batch took 2.1 s"),
-        (("seek", "batch_999999_s"), 60.0, "later batch took 60.000 s"),
-    ],
-)
-def test_a_claim_that_fails_is_named(results, path, value, message):
+def test_a_claim_that_fails_is_named_with_the_size(results):
     worse = copy.deepcopy(results)
-    worse["1e+07"][path[0]][path[1]] |= {"median": value, "min": value}
+    worse["1e+07"]["tokens_per_processor_s"]["median"] = 9e6
     (failed,) = proof_loader.failures(worse, **BUSY)
-    assert failed.startswith("1e+07") and message in failed
+    assert failed.startswith("1e+07: 9.0 million tokens a second")
     worse = copy.deepcopy(results)
     worse["1e+06"]["memory"]["peak_resident_bytes"] += 20 << 20
     (failed,) = proof_loader.failures(worse, **BUSY)
@@ -57,8 +50,8 @@ def test_a_claim_that_fails_is_named(results, path, value, message):
 
 
 def test_the_store_is_a_real_one_with_holes_for_tokens(tmp_path):
-    opened = TokenStore.open(proof_loader.make_store(tmp_path, 10**6))
-    for domain, share in proof_loader.SHARES.items():
+    opened = TokenStore.open(made_store.make_store(tmp_path, 10**6))
+    for domain, share in made_store.SHARES.items():
         split = opened.split("train", domain)
         assert split.tokens == split.windows(2049) * 2049 == pytest.approx(share * 1e6, rel=0.01)
         windows = split.read(np.arange(split.windows(2049)), 2049)  # every one against its checksum

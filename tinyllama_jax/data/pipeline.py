@@ -148,10 +148,11 @@ class Pipeline:
 def valid_targets(windows: Windows, document_masking: bool) -> np.ndarray:
     """Which targets of windows [N, T+1] count: bool [N, T].  Not the padding; with document masking, not those in
     another document than the token before."""
-    targets = windows.tokens_NT.shape[1] - 1
-    valid = np.arange(1, targets + 1) < windows.used_N[:, None]
-    if document_masking:
-        valid &= windows.documents_NT[:, 1:] == windows.documents_NT[:, :-1]
+    tokens, documents_NT = windows.tokens_NT.shape[1], windows.documents_NT
+    shape = len(documents_NT), tokens - 1
+    valid = documents_NT[:, 1:] == documents_NT[:, :-1] if document_masking else np.ones(shape, bool)
+    padded = np.flatnonzero(windows.used_N < tokens)
+    valid[padded] &= np.arange(1, tokens) < windows.used_N[padded, None]
     return valid
 
 

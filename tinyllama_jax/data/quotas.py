@@ -8,7 +8,8 @@ that they can be is R. Tijdeman's theorem on the chairman assignment problem, 19
 That rule walks, and an order must be entered anywhere.  So a phase is cut into frames, as long as it takes until every
 source is due FEW draws, within limits.  Their borders need no past: among BORDER_CHOICES neighbouring draws the one is
 taken where all dues are nearly whole numbers, and the counts there are the dues, rounded.  Inside a frame, the rule
-walks from border to border.
+walks from a little before the draw that is asked for: as far back as the oldest draw that may still be waiting there
+became possible, which for a source with share p is about 1/p draws.
 
 A phase never looks beyond its end: shares that change later leave the draws before as they were.
 """
@@ -27,7 +28,7 @@ import numpy as np
 ONE = 1 << 40
 FEW = 4
 SHORTEST_FRAME, LONGEST_FRAME = 1 << 14, 1 << 20  # draws
-STRIDE = 4096  # draws that are walked at a time; each takes about a microsecond
+STRIDE = 4096  # draws that are walked at a time; each takes about a third of a microsecond
 BORDER_CHOICES = 256
 CACHED_FRAMES = 4
 
@@ -62,8 +63,7 @@ class Phase:
 
     def counts(self, draw: int) -> np.ndarray:
         """Draws of each source among the first `draw`: int64 [n]."""
-        frame = self._frame(self._frame_of(draw))
-        return frame.before + np.bincount(frame.sources(frame.start, draw), minlength=self.n)
+        return self._frame(self._frame_of(draw)).counts(draw)
 
     def sources(self, start: int, stop: int) -> np.ndarray:
         """The source of each of the draws start:stop: int64 [stop - start]."""
@@ -115,38 +115,81 @@ class Phase:
 
 
 class _Frame:
-    """The draws from one border to the next, walked as far as was asked for.
+    """The draws from one border to the next, walked where they were asked for.
 
-    release [draws]: slots from which on draws are possible, ascending; jobs [draws]: their deadline times n plus their
-    source.
+    before [n]: draws of each source ahead of the frame.  release [draws]: slots from which on draws are possible,
+    ascending; jobs [draws]: their deadline times n plus their source.
     """
 
     def __init__(self, start: int, stop: int, before: np.ndarray, release: np.ndarray, jobs: np.ndarray):
-        self.start, self.stop, self.before = start, stop, before
-        self._release, self._jobs = release, jobs
-        self._drawn = np.empty(stop - start, np.int64)
-        self._walked, self._taken = 0, 0
-        self._heap: list[int] = []
+        self.start, self.stop, self._n = start, stop, before.size
+        self._before, self._release, self._jobs = before, release, jobs
+        self._drawn = np.empty(stop - start, np.int64)  # of the slots from `_first` to `_walked`
         self._lock = threading.Lock()  # batches are read ahead in another thread than the one that counts them
+        self._begin(0, 0)
+
+    def counts(self, draw: int) -> np.ndarray:
+        """Draws of each source ahead of `draw`: int64 [n]."""
+        slot = draw - self.start
+        with self._lock:
+            self._reach(slot, slot)
+            return self._ahead + np.bincount(self._drawn[self._first : slot], minlength=self._n)
 
     def sources(self, start: int, stop: int) -> np.ndarray:
+        start, stop = start - self.start, stop - self.start
         with self._lock:
-            while self._walked < stop - self.start:
-                self._walk()
-        return self._drawn[start - self.start : stop - self.start]
+            self._reach(start, stop)
+            return self._drawn[start:stop].copy()
 
-    def _walk(self) -> None:
-        slots = np.arange(self._walked, min(self._walked + STRIDE, self._drawn.size))
-        # Where the phase before left more owed than one draw each, a slot may find nobody due: then the next.
-        released = np.maximum(np.searchsorted(self._release, slots, "right"), slots + 1)
-        jobs, taken, drawn = self._jobs[self._taken : released[-1]].tolist(), 0, []
-        for known in (released - self._taken).tolist():
-            for job in jobs[taken:known]:
-                heapq.heappush(self._heap, job)
-            taken = max(taken, known)
-            drawn.append(heapq.heappop(self._heap))
-        self._drawn[slots] = np.array(drawn) % self.before.size
-        self._walked, self._taken = self._walked + slots.size, int(released[-1])
+    def _reach(self, start: int, stop: int) -> None:
+        """Walks until the slots start:stop are drawn."""
+        if not self._first <= start <= self._walked:
+            possible = self._possible(start)
+            waiting = np.flatnonzero(self._jobs[:possible] >= start * self._n)  # perhaps: they are not due yet
+            enter = min(waiting[0], self._release[waiting[0]]) if waiting.size else start
+            if start < self._first or enter > self._walked:
+                self._enter(enter, start)
+        self._walk(stop)
+
+    def _enter(self, slot: int, start: int) -> None:
+        """Walks from `slot` to `start` without the past.
+
+        What waits at `slot` is known by its number only.  All of it, and all that was possible earlier, is due before
+        `start`, hence before whatever may be waiting there: so it does not matter which it is.
+        """
+        taken = self._possible(slot)
+        self._begin(slot, taken)
+        self._heap = [-1] * (taken - slot)
+        self._walk(start)
+        if self._heap and self._heap[0] < start * self._n:  # late, since the phase before left much owed
+            self._begin(0, 0)
+            self._walk(start)
+        else:
+            self._begin(start, self._taken, self._heap)
+
+    def _begin(self, slot: int, taken: int, heap: Sequence[int] = ()) -> None:
+        """At a slot before which all of the first `taken` jobs were drawn but those in `heap`."""
+        self._first, self._walked, self._taken, self._heap = slot, slot, taken, list(heap)
+        drawn = np.bincount(self._jobs[:taken] % self._n, minlength=self._n)
+        self._ahead = self._before + drawn - np.bincount(np.array(self._heap, np.int64) % self._n, minlength=self._n)
+
+    def _possible(self, slots: np.ndarray | int) -> np.ndarray | int:
+        """Jobs that were possible before the slots.  Where the phase before left more owed than one draw each, a slot
+        may find nobody due: then the next."""
+        return np.maximum(np.searchsorted(self._release, slots), slots)
+
+    def _walk(self, stop: int) -> None:
+        while self._walked < stop:
+            slots = np.arange(self._walked, min(self._walked + STRIDE, stop))
+            possible = self._possible(slots + 1)
+            jobs, taken, drawn = self._jobs[self._taken : possible[-1]].tolist(), 0, []
+            for known in (possible - self._taken).tolist():
+                for job in jobs[taken:known]:
+                    heapq.heappush(self._heap, job)
+                taken = max(taken, known)
+                drawn.append(heapq.heappop(self._heap))
+            self._drawn[slots] = np.array(drawn) % self._n
+            self._walked, self._taken = self._walked + slots.size, int(possible[-1])
 
 
 def _slot(due: np.ndarray, edges: np.ndarray, accrued: np.ndarray, shares: np.ndarray) -> np.ndarray:
@@ -154,7 +197,8 @@ def _slot(due: np.ndarray, edges: np.ndarray, accrued: np.ndarray, shares: np.nd
 
     edges and accrued [pieces + 1]: slots where shares [pieces] change, and what has accrued there.
     """
-    piece = np.minimum(np.searchsorted(accrued[1:], due), shares.size - 1)
+    # Outside of ramps there is one piece, and with scalars the line below takes a third of the time.
+    piece = np.minimum(np.searchsorted(accrued[1:], due), shares.size - 1) if shares.size > 1 else 0
     draws = edges[piece] - -(due - accrued[piece]) // np.maximum(shares[piece], 1)
     draws[due > accrued[-1]] = edges[-1] + 1
     return np.maximum(draws, 1) - 1

@@ -157,7 +157,7 @@ def _check_ids(ids: np.ndarray, count: int, where: str | Path) -> None:
 
 def _windows(raw: np.ndarray, marks: np.ndarray, used: np.ndarray) -> Windows:
     marks[:, 0] = 1  # counted from the window's first document, wherever that began
-    begins = np.flatnonzero(marks)  # repeating numbers between them is six times as fast as a running sum
+    begins = np.flatnonzero(marks.view(bool))  # repeating numbers between them is six times as fast as a running sum
     numbers = np.arange(begins.size, dtype=np.int32)
     numbers -= np.maximum.accumulate(np.where(begins % marks.shape[1] == 0, numbers, 0))
     documents = np.repeat(numbers, np.diff(begins, append=marks.size)).reshape(marks.shape)
