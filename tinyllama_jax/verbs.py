@@ -1,4 +1,8 @@
-"""What each verb does.  Heavy imports happen inside, so that `--help` and wrong commands answer at once."""
+"""What each verb does.
+
+Heavy imports happen inside, behind a look at what is easily wrong, so that `--help`, plans and wrong commands answer at
+once: benchmarks/startup.py measures that, tests/test_startup.py holds it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tinyllama_jax import configio, distributed, verbs_data
+from tinyllama_jax import configio, verbs_data
 from tinyllama_jax.config import Mesh, Run
 from tinyllama_jax.errors import ConfigError, DataError, UsageError, UserError
 from tinyllama_jax.terminal import Progress, answer, say
@@ -23,6 +27,8 @@ def resolved(args: argparse.Namespace) -> Run:
 
 
 def train(args: argparse.Namespace) -> None:
+    from tinyllama_jax import distributed
+
     run = resolved(args)
     where = distributed.place(args.coordinator, args.processes, args.process)
     with distributed.joined(where, peer_seconds=run.health.peer_seconds) as peers:
@@ -70,12 +76,13 @@ def demo(args: argparse.Namespace) -> None:
 
 def import_(args: argparse.Namespace) -> None:
     from tinyllama_jax.interop.hf import read_hf
-    from tinyllama_jax.train.checkpoint import save_params
 
     out, source = Path(args.out), Path(args.source)
     if out.exists():
         raise ConfigError(f"{out} exists already; name another --out")
     model, params = read_hf(source)
+    from tinyllama_jax.train.checkpoint import save_params
+
     files = [source / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")]
     meta = {
         "step": 0,
@@ -91,7 +98,7 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-
+    _resolve(args.checkpoint)
     from tinyllama_jax.generate.load import load
     from tinyllama_jax.interop.hf import write_hf
     from tinyllama_jax.sharding import computing, make_mesh
@@ -106,6 +113,13 @@ def export(args: argparse.Namespace) -> None:
     answer(args, value, [f"{args.out}: {value['parameters']:,} parameters in {args.dtype}, from {loaded.path}"])
 
 
+def _resolve(checkpoint: str) -> Path:
+    """The directory of a checkpoint; raises CheckpointError, before jax is imported, when there is none."""
+    from tinyllama_jax.train import saved
+
+    return saved.resolve(checkpoint)
+
+
 def _count(params) -> int:
     import jax
 
@@ -117,9 +131,8 @@ def _count(params) -> int:
 
 def report(args: argparse.Namespace) -> None:
     from tinyllama_jax.lab import reference
-    from tinyllama_jax.lab.report import against, write_report
     from tinyllama_jax.lab.runs import Run as RunDirectory
-    from tinyllama_jax.lab.study import is_study, write_study
+    from tinyllama_jax.lab.runs import is_study
 
     columns = reference.parse_columns(args.reference_columns)
     if not args.reference and (columns or args.reference_batch_tokens):
@@ -131,6 +144,8 @@ def report(args: argparse.Namespace) -> None:
         for option, given in of_runs.items():
             if given:
                 raise UsageError(f"{option} goes with a run; {args.run} holds many")
+        from tinyllama_jax.lab.study import write_study
+
         page = write_study(args.run, args.out or None)
         answer(args, {"report": str(page)}, [str(page)])
         return
@@ -138,6 +153,8 @@ def report(args: argparse.Namespace) -> None:
     if args.out:
         raise UsageError(f"--out goes with a sweep or a table; the report of a run is written into {args.run}")
     curves = [reference.read(path, columns, batch_tokens) for path in args.reference]
+    from tinyllama_jax.lab.report import against, write_report
+
     page = write_report(run, compare=[Path(p) for p in args.compare], references=curves)
     compared = against(run, curves)
     value = {"report": str(page)} | ({"references": [each.as_json() for each in compared]} if compared else {})
@@ -145,6 +162,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    _resolve(args.checkpoint)
     from tinyllama_jax.evaluate.measure import measure
 
     value = measure(
@@ -183,13 +201,13 @@ def _load_rows(path: str):
 
 
 def score(args: argparse.Namespace) -> None:
-
+    _resolve(args.checkpoint)
+    rows = _load_rows(args.tokens)
     from tinyllama_jax.config import Execution
     from tinyllama_jax.generate import score as scoring
     from tinyllama_jax.generate.load import load
     from tinyllama_jax.sharding import computing, make_mesh
 
-    rows = _load_rows(args.tokens)
     mesh = make_mesh(Mesh())
     with computing(mesh, args.dtype):
         loaded = load(args.checkpoint, mesh, dtype=args.dtype)
@@ -200,15 +218,15 @@ def score(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-
+    _resolve(args.checkpoint)
+    rows = None if args.tokens is None else _load_rows(args.tokens)
+    if rows is not None and (rows.ndim != 2 or rows.dtype.kind not in "iu"):
+        raise DataError(f"--tokens {args.tokens}: must be integers [batch, time], not {rows.dtype} {list(rows.shape)}")
     from tinyllama_jax.config import Execution
     from tinyllama_jax.generate import sample
     from tinyllama_jax.generate.load import load, prompt_tokens
     from tinyllama_jax.sharding import computing, make_mesh
 
-    rows = None if args.tokens is None else _load_rows(args.tokens)
-    if rows is not None and (rows.ndim != 2 or rows.dtype.kind not in "iu"):
-        raise DataError(f"--tokens {args.tokens}: must be integers [batch, time], not {rows.dtype} {list(rows.shape)}")
     mesh = make_mesh(Mesh())
     with computing(mesh, args.dtype):
         loaded = load(args.checkpoint, mesh, dtype=args.dtype)
@@ -295,13 +313,9 @@ def inspect(args: argparse.Namespace) -> None:
     if verbs_data.is_store(args.what):
         verbs_data.inspect_store(args)
         return
-    import jax
-
-    from tinyllama_jax import flops
-    from tinyllama_jax.generate.load import model_of
-    from tinyllama_jax.model import transformer
+    from tinyllama_jax import flops, weights
     from tinyllama_jax.presets import PRESETS, preset
-    from tinyllama_jax.train import checkpoint
+    from tinyllama_jax.train import saved
 
     value: dict = {"what": args.what}
     if args.what in PRESETS:
@@ -312,19 +326,17 @@ def inspect(args: argparse.Namespace) -> None:
         model = run.model
         value |= {"fingerprint": configio.fingerprint(run), "config": configio.to_dict(run)}
     elif Path(args.what.rpartition("@")[0] or args.what).exists():
-        path = checkpoint.resolve(args.what)
-        meta = checkpoint.read_meta(path)
-        model = model_of(meta)
+        path = saved.resolve(args.what)
+        meta = saved.read_meta(path)
+        model = saved.model_of(meta)
         value |= {"checkpoint": str(path)} | {k: v for k, v in meta.items() if k not in ("checkpoint", "model")}
     else:
         hint = configio.nearest(args.what, PRESETS) or f" (presets: {', '.join(PRESETS)})"
         raise ConfigError(f"{args.what!r} is no preset, experiment, run or checkpoint{hint}")
     length = args.sequence_tokens or model.context_tokens
-    shapes = jax.eval_shape(lambda key: transformer.init(model, key), jax.random.key(0))
-    flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
     value |= {
         "model": configio.to_dict(model),
-        "shapes": {".".join(str(k.key) for k in path): list(leaf.shape) for path, leaf in flat},
+        "shapes": {".".join(path): list(shape) for path, shape in weights.shapes(model).items()},
         "parameters": flops.parameter_counts(model),
         "sequence_tokens": length,
         "train_flops_per_token": {c: flops.flops_per_token(model, length, c) for c in flops.CONVENTIONS},

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tinyllama_jax import configio
 from tinyllama_jax.config import Model, replace
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.model import transformer
 from tinyllama_jax.sharding import param_shardings
-from tinyllama_jax.train import checkpoint
+from tinyllama_jax.train import checkpoint, saved
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,14 @@ def prompt_tokens(tokenizer: Tokenizer, marks: str, text: str) -> list[int]:
     return start + tokenizer.encode(text)
 
 
-def model_of(meta: dict) -> Model:
-    """The architecture that a checkpoint's metadata describes."""
-    return configio.from_dict(Model, meta["model"] if "model" in meta else meta["config"]["model"])
-
-
 def load(text: str, mesh: Mesh, *, dtype: str = "float32") -> Loaded:
     """The weights of a run (its newest checkpoint), RUN@STEP, or a checkpoint directory, laid out on `mesh`.
 
     Computation will be in `dtype`.  Raises CheckpointError when there is none or it is damaged.
     """
-    path = checkpoint.resolve(text)
-    meta = checkpoint.read_meta(path)
-    model = replace(model_of(meta), compute_dtype=dtype)
+    path = saved.resolve(text)
+    meta = saved.read_meta(path)
+    model = replace(saved.model_of(meta), compute_dtype=dtype)
     shapes = jax.eval_shape(lambda key: transformer.init(model, key), jax.random.key(0))
     target = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),

@@ -13,7 +13,6 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr
 
 NO_CLAIM = "one seed: no standard error, no claim"
 
@@ -71,6 +70,8 @@ def difference(first: Mapping[Hashable, float], second: Mapping[Hashable, float]
 
 def two_sided(t: float, freedom: float) -> float:
     """How often Student's t is at least so far from 0 by chance."""
+    from scipy.special import stdtr  # slow to import
+
     return float(2 * stdtr(freedom, -abs(t)))
 
 

@@ -261,7 +261,8 @@ def png(figure: Figure, *, dpi: int = 200) -> bytes:
 
 def _of_few_colours(image: Image.Image, exact: int = 64) -> Image.Image:
     """The image with a palette: its commonest colours as they are, and 256 - `exact` that lie close to all others."""
-    packed = np.asarray(image, np.int32) @ np.array([1 << 16, 1 << 8, 1])
+    red, green, blue = np.moveaxis(np.asarray(image, np.int32), -1, 0)
+    packed = red << 16 | green << 8 | blue
     codes, place, counts = np.unique(packed, return_inverse=True, return_counts=True)
     seen = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)
     rest = image.quantize(256 - exact, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).getpalette()

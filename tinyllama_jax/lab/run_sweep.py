@@ -22,15 +22,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from tinyllama_jax import configio
 from tinyllama_jax.config import Run
 from tinyllama_jax.errors import ConfigError, DataError
-from tinyllama_jax.lab.runs import Run as Measured
 from tinyllama_jax.lab.slots import Slot
 from tinyllama_jax.launch.supervise import NEVER, PARENT
 from tinyllama_jax.schedules import Plan
+
+if TYPE_CHECKING:
+    from tinyllama_jax.lab.runs import Run as Measured
 
 POLL_SECONDS = 0.2
 FINAL = ("done", "failed", "skipped")
@@ -99,6 +101,10 @@ def tasks(runs: Sequence[Run], workdir: Path, done: Sequence[str] = ()) -> list[
 
 
 def _there(directory: Path) -> Measured | None:
+    if not (directory / "run.json").exists():
+        return None
+    from tinyllama_jax.lab.runs import Run as Measured  # needs numpy, and a plan should not wait for that
+
     try:
         return Measured(directory)
     except DataError:

@@ -26,6 +26,15 @@ _SCALARS = (int, float, str)  # a tuple: `int | float | str` is made anew each t
 _NUMBERS_AS_TEXT = {"nan": math.nan, "inf": math.inf, "infinity": math.inf, "-inf": -math.inf, "-infinity": -math.inf}
 
 
+def is_study(path: str | Path) -> bool:
+    """Whether it is a sweep, another folder of runs, or a table of runs, and not the directory of one run."""
+    path = Path(path)
+    if path.is_dir():
+        known = any((path / name).exists() for name in ("sweep.json", "runs.jsonl")) or any(path.glob("*/run.json"))
+        return known and not (path / "run.json").exists()
+    return path.is_file()
+
+
 class Run:
     """One run directory.  Raises DataError (one line) when there is none, or its run.json cannot be used."""
 

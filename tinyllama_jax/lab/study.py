@@ -26,15 +26,6 @@ from tinyllama_jax.lab.study_rows import Study, column, compute, number
 from tinyllama_jax.lab.study_sections import Picture, Section, sections
 
 
-def is_study(path: str | Path) -> bool:
-    """Whether it is a sweep, another folder of runs, or a table of runs, and not the directory of one run."""
-    path = Path(path)
-    if path.is_dir():
-        known = any((path / name).exists() for name in ("sweep.json", "runs.jsonl")) or any(path.glob("*/run.json"))
-        return known and not (path / "run.json").exists()
-    return path.is_file()
-
-
 def read_study(source: str | Path) -> Study:
     """A sweep directory or a runs table.  DataError where it is neither or has no run."""
     source = Path(source)

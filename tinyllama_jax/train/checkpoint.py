@@ -25,6 +25,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,11 @@ from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train import checkpoint_files, durable, fingerprint, named, restoring
 from tinyllama_jax.train.agree import together
 from tinyllama_jax.train.places import Lone, place_of
+from tinyllama_jax.train.saved import read_meta as read_meta  # readers of arrays find them here
+from tinyllama_jax.train.saved import resolve as resolve
 from tinyllama_jax.train.saving import Save, not_written
+
+READ_BACK = 4  # arrays at a time
 
 
 class Checkpoints:
@@ -61,6 +66,7 @@ class Checkpoints:
         self._on_event = on_event or (lambda kind, step: None)
         self._peers, self._barrier_seconds = peers, barrier_seconds
         self._thread: threading.Thread | None = None
+        self._compiling: Future | None = None  # what `save` needs first
         self._failure: CheckpointError | None = None
         self._together("checkpoints opened", lambda: self._place.mend() if peers.lead else None)
 
@@ -131,7 +137,9 @@ class Checkpoints:
         """
         self.wait()
         leaves = {name: named.leaves(tree) for name, tree in items.items()}
-        host = {name: checkpoint_files.on_host(one) for name, one in leaves.items()}
+        host = checkpoint_files.on_host(leaves)
+        if self._compiling is not None:
+            self._compiling.exception()  # has ended
         # Of what was given, not of the copies; begun after them, for on a CPU the two would share the memory's speed.
         prints = {name: fingerprint.begin(one) for name, one in leaves.items()}
         meta = json.loads(json.dumps(meta))  # as it is now, and an error here rather than in the thread
@@ -179,7 +187,8 @@ class Checkpoints:
             checksums = self._place.checksums(save.step)
             self._compare(save.step, list(checksums)[at::count], checksums)
             mine = [(item, name) for item, leaves in save.about.items() for name in leaves][at::count]
-            for item, name in mine:
+
+            def one(item: str, name: str) -> None:
                 about = save.about[item][name]
                 needs = [n for n in checksums if n.startswith(f"{item}/{name}/") or n == f"{item}/_METADATA"]
                 folder = self._place.fetch(save.step, needs)
@@ -189,6 +198,10 @@ class Checkpoints:
                     self._place.release(folder)
                 if fingerprint.of_host(array) != about["fingerprint"]:
                     raise durable.Damaged(f"{save.path}: {item}.{name} differs from its fingerprint")
+
+            # What was copied for writing is free again; of an object store one at a time, for they share a folder.
+            with ThreadPoolExecutor(READ_BACK if self._place.shared else 1) as pool:
+                list(pool.map(lambda which: one(*which), mine))
 
         try:
             self._together(f"save {save.step} read back", compare)
@@ -250,6 +263,7 @@ class Checkpoints:
                 f"{self.directory}: every checkpoint is damaged ({'; '.join(bad)}); put back a good copy, "
                 "or delete them all to start from nothing"
             )
+        self._compiling = restoring.compile_ahead(restoring.placed(items))  # else the first save would take longer
         return None
 
     def _listed(self) -> list[int]:
@@ -272,11 +286,6 @@ def load(
     return restoring.load(Lone(Path(path)), 0, items, lambda meta: None, peers, barrier_seconds)[0]
 
 
-def read_meta(path: str | Path) -> dict:
-    """meta.json of a checkpoint, checked against its checksum; what was saved is at the top level."""
-    return durable.verify(Path(path), only="meta.json")
-
-
 def save_params(path: str | Path, params, meta: dict, tokenizer_files: Iterable[str | Path] = ()) -> Path:
     """Writes a permanent checkpoint of weights only at `path`, which must not exist.  For imports, in one process."""
     path = Path(path)
@@ -293,22 +302,3 @@ def save_params(path: str | Path, params, meta: dict, tokenizer_files: Iterable[
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: checkpoint could not be written: {durable.one_line(error)}") from error
     return path
-
-
-def resolve(text: str | Path) -> Path:
-    """The checkpoint directory meant by RUN (its newest), RUN@STEP, or a checkpoint directory itself."""
-    path, step = Path(text), None
-    head, at, tail = str(text).rpartition("@")
-    if at and head and tail.isdigit() and not path.exists():
-        path, step = Path(head), int(tail)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; expected a run, RUN@STEP or a checkpoint")
-    if step is None and ((path / "meta.json").is_file() or (path / "checksums.json").is_file()):
-        return path
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if step is not None:
-        return durable.of_step(directory, step)
-    steps = durable.steps(directory)
-    if not steps:
-        raise CheckpointError(f"{path}: no complete checkpoint here; expected a run that has saved, or a checkpoint")
-    return durable.path_of(directory, steps[-1])

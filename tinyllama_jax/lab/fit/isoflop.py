@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.interpolate import Akima1DInterpolator
 
 from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.lab.fit.points import Points, clusters, repeats
@@ -81,6 +80,8 @@ class Budget:
             with np.errstate(divide="ignore", invalid="ignore"):
                 vertex_R = self.centre - c_3R[1] / (2 * c_3R[2])
             return np.where((c_3R[2] > 0) & (vertex_R > low) & (vertex_R < high), vertex_R, np.nan)
+        from scipy.interpolate import Akima1DInterpolator  # slow to import, and the usual method needs none of it
+
         fine = np.linspace(low, high, FINE)
         best_R = Akima1DInterpolator(self.log_n[self.inside], log_loss_RN.T, axis=0)(fine).argmin(0)
         return np.where((best_R > 0) & (best_R < FINE - 1), fine[best_R], np.nan)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from tinyllama_jax.errors import DataError
 from tinyllama_jax.lab.fit import many, resample
@@ -155,6 +154,8 @@ GAMMAS = np.geomspace(0.01, 20, 60)
 
 
 def _exponential(L: np.ndarray, err: np.ndarray) -> dict[str, float]:
+    from scipy.optimize import minimize_scalar  # slow to import, and `fit` needs none of it
+
     def solved(gamma: float) -> tuple[float, np.ndarray]:
         design = np.stack([np.ones_like(L), -np.exp(-gamma * (L - L.min()))], 1)
         factors = np.linalg.lstsq(design, err, rcond=None)[0]

@@ -1,0 +1,39 @@
+"""Which checkpoint is meant, and what it says of itself.  No jax here: whoever reads no arrays need not wait for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinyllama_jax import configio
+from tinyllama_jax.config import Model
+from tinyllama_jax.errors import CheckpointError
+from tinyllama_jax.train import durable
+
+
+def resolve(text: str | Path) -> Path:
+    """The checkpoint directory meant by RUN (its newest), RUN@STEP, or a checkpoint directory itself."""
+    path, step = Path(text), None
+    head, at, tail = str(text).rpartition("@")
+    if at and head and tail.isdigit() and not path.exists():
+        path, step = Path(head), int(tail)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory; expected a run, RUN@STEP or a checkpoint")
+    if step is None and ((path / "meta.json").is_file() or (path / "checksums.json").is_file()):
+        return path
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if step is not None:
+        return durable.of_step(directory, step)
+    steps = durable.steps(directory)
+    if not steps:
+        raise CheckpointError(f"{path}: no complete checkpoint here; expected a run that has saved, or a checkpoint")
+    return durable.path_of(directory, steps[-1])
+
+
+def read_meta(path: str | Path) -> dict:
+    """meta.json of a checkpoint, checked against its checksum; what was saved is at the top level."""
+    return durable.verify(Path(path), only="meta.json")
+
+
+def model_of(meta: dict) -> Model:
+    """The architecture that a checkpoint's metadata describes."""
+    return configio.from_dict(Model, meta["model"] if "model" in meta else meta["config"]["model"])
