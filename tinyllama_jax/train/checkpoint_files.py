@@ -63,25 +63,36 @@ class _Folder:
         return self.path
 
 
-def on_host(arrays: Arrays) -> dict[str, jax.Array | np.ndarray]:
+def on_host(items: Mapping[str, Arrays]) -> dict[str, dict[str, jax.Array | np.ndarray]]:
     """Copies that the next step cannot change, made at once; arrays over several processes stay as they are.
 
     Of those, `begin` copies what this process writes.
     """
     several = jax.process_count() > 1
-    for array in arrays.values():
+    for array in (array for arrays in items.values() for array in arrays.values()):
         if isinstance(array, jax.Array) and not several:
             array.copy_to_host_async()  # all transfers are under way before the first is waited for
+    copy = _copy_of_shards if several else _copy
     return {
-        # np.array copies: on the CPU np.asarray would be a view of memory that the next step overwrites
-        name: _copy_of_shards(array) if several and isinstance(array, jax.Array) else np.array(array, order="C")
-        for name, array in arrays.items()
+        item: {name: copy(a) if isinstance(a, jax.Array) else np.array(a, order="C") for name, a in arrays.items()}
+        for item, arrays in items.items()
     }
+
+
+def _copy(array: jax.Array) -> np.ndarray:
+    """On the CPU np.asarray would be a view of memory that the next step overwrites; elsewhere it is the transfer."""
+    return np.asarray(array, order="C") if _apart(array) else np.array(array, order="C")
+
+
+def _apart(array: jax.Array) -> bool:
+    """Whether its device has memory of its own, and the array lies there."""
+    platform = next(iter(array.sharding.device_set)).platform
+    return platform != "cpu" and array.sharding.memory_kind in (None, "device")
 
 
 def _copy_of_shards(array: jax.Array) -> jax.Array:
     """The same array if its device has memory of its own, from which orbax copies before `begin` returns."""
-    if next(iter(array.sharding.device_set)).platform != "cpu":
+    if _apart(array):
         return array
     shards = [jax.device_put(np.array(shard.data), shard.device) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)

@@ -22,6 +22,9 @@ from tinyllama_jax.errors import CheckpointError
 
 _FINAL = re.compile(r"\d{8,}")
 
+# Hashing and waiting for the disk release the interpreter lock.  Half of many cores, for a run goes on meanwhile.
+THREADS = min(16, max(4, (os.cpu_count() or 1) // 2))
+
 
 class Damaged(CheckpointError):
     """The files of a checkpoint are not the ones that were committed."""
@@ -126,9 +129,11 @@ def files_of(root: Path) -> list[str]:
 
 def keep(root: Path, names: Iterable[str]) -> dict[str, str]:
     """Waits until these files are on the disk; their checksums."""
-    checksums = checksums_of(root, names)
-    for name in checksums:
-        sync(root / name)
+    names = list(names)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        synced = pool.map(lambda name: sync(root / name), names)
+        checksums = checksums_of(root, names)
+        list(synced)  # raises what one of them raised
     return checksums
 
 
@@ -140,8 +145,8 @@ def seal(temporary: Path, checksums: dict[str, str] | None = None) -> None:
     checksums = keep(temporary, files_of(temporary)) if checksums is None else checksums
     (temporary / "checksums.json").write_text(json.dumps(checksums, indent=1))  # every byte counts
     sync(temporary / "checksums.json")
-    for path in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
-        sync(path)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(sync, [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]))
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -201,7 +206,7 @@ def checksums_of(root: Path, names: Iterable[str]) -> dict[str, str]:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     names = list(names)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(names, pool.map(sha256, names), strict=True))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -30,9 +33,8 @@ def load(
     from an object store each verifies what it downloads.  Raises Damaged in all processes when it is damaged for any.
     """
     path = place.path(step)
-    targets = {
-        item: {name: named.placed(leaf) for name, leaf in named.leaves(tree).items()} for item, tree in items.items()
-    }
+    targets = placed(items)
+    compiling = compile_ahead(targets)
     found: dict[str, dict[str, jax.Array]] = {}
     folders: list[Path] = []
 
@@ -65,6 +67,7 @@ def load(
         saved = meta["checkpoint"]["leaves"]
         named.check_same(path, targets, saved)
         phase("read", read)
+        compiling.exception()  # has ended
         # A computation on all devices, which every process begins because all have read.
         prints = {item: fingerprint.begin(arrays) for item, arrays in found.items()}
         phase("compared", lambda: _compare(path, prints, saved))
@@ -78,6 +81,34 @@ def load(
             assert array.sharding.is_equivalent_to(sharding, array.ndim), f"{item}.{name} is on another mesh"
         loaded[item] = jax.tree.unflatten(jax.tree.structure(tree), list(found[item].values()))
     return loaded, meta
+
+
+def placed(items: dict[str, object]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """The targets by item and name, each with a sharding."""
+    return {
+        item: {name: named.placed(leaf) for name, leaf in named.leaves(tree).items()} for item, tree in items.items()
+    }
+
+
+def compile_ahead(targets: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> Future:
+    """Compiles what takes the fingerprints of such arrays, in a thread, for seconds in which there is other work.
+
+    It starts nothing on a device.  If it fails, or arrays come with other shardings, `fingerprint.begin` compiles.
+    """
+    precision = jax.config.jax_default_matmul_precision  # part of the key of what is compiled, as the mesh is
+
+    def work() -> None:
+        for leaves in targets.values():
+            leaves = tuple(leaf for leaf in leaves.values() if math.prod(leaf.shape))
+            mesh = next((m for leaf in leaves if (m := getattr(leaf.sharding, "mesh", None)) is not None), None)
+            on_mesh = contextlib.nullcontext() if mesh is None or mesh.empty else jax.set_mesh(mesh)
+            with on_mesh, jax.default_matmul_precision(precision):
+                fingerprint._jitted().lower(leaves).compile()
+
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
 
 
 def check_format(path, meta: dict) -> None:
