@@ -36,10 +36,40 @@ def make_optimizer(cfg: Optimizer) -> optax.GradientTransformation:
     (AdamW, arXiv 1711.05101; the decay is scaled by the rate, as in PyTorch).
     """
     parts = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    parts.append(optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps, mu_dtype=jnp.float32))
+    parts.append(_scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps))
     if cfg.weight_decay:
         parts.append(optax.add_decayed_weights(cfg.weight_decay, decay_mask if cfg.decay == "matrices" else None))
     return optax.chain(*parts)
+
+
+def _scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_adam, whose moments and count stay as they are when `update` gets take=False."""
+
+    def step(grads, state, params=None, *, take, **_):
+        del params
+        old = (state.mu, state.nu)
+        new = (
+            optax.tree_utils.tree_update_moment(grads, state.mu, beta1, 1),
+            optax.tree_utils.tree_update_moment_per_elem_norm(grads, state.nu, beta2, 2),
+        )
+        # A select, not a multiplication by 0 or 1: the branch not taken may hold NaN.
+        mu, nu = jax.tree.map(lambda n, o: jnp.where(take, n, o), new, old)
+        count = state.count + take.astype(jnp.int32)
+        if _on_cpu():
+            # XLA's CPU backend has a loop per result, and donated moments would first be copied for the loop of the
+            # parameters, which computes the new ones again from the old: twice the time of the whole update.
+            mu, nu = jax.lax.optimization_barrier((mu, nu))
+        first, second = (optax.tree_utils.tree_bias_correction(m, b, count) for m, b in ((mu, beta1), (nu, beta2)))
+        direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, second)
+        return direction, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    init = optax.scale_by_adam(beta1, beta2, eps, mu_dtype=jnp.float32).init
+    return optax.GradientTransformationExtraArgs(init, step)
+
+
+def _on_cpu() -> bool:
+    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    return (of_mesh.platform if of_mesh else jax.default_backend()) == "cpu"
 
 
 def init(cfg: Optimizer, params: Tree) -> dict[str, Tree]:
@@ -92,10 +122,8 @@ def update(
         take &= ~_spike(loss, guard["losses"], guard["accepted"], cfg.skip_sigma)
         take &= ~_spike(grad_norm, guard["norms"], guard["accepted"], cfg.skip_sigma)
 
-    direction, adam = optimizer.update(grads, opt_state["adam"], params)
-    # A select, not a multiplication by 0 or 1: the branch not taken may hold NaN.
+    direction, adam = optimizer.update(grads, opt_state["adam"], params, take=take)
     params = jax.tree.map(lambda p, d: jnp.where(take, p - lr * d, p), params, direction)
-    adam = jax.tree.map(lambda new, old: jnp.where(take, new, old), adam, opt_state["adam"])
 
     slot = guard["accepted"] % cfg.skip_window_steps
     guard = {

@@ -52,6 +52,31 @@ def init(cfg: Model, key: jax.Array) -> Params:
     return params
 
 
+def working(params: Params, cfg: Model, execution: Execution) -> Params:
+    """The weights as the micro-batches of an optimizer step read them: `params` with the layers' matrices in the
+    compute dtype, cast once for all micro-batches and both passes; unrolled layers are a tuple of dicts, not stacked.
+
+    The gradients by such matrices are of that dtype: a product's result is rounded to it, as it is when each use casts.
+    Embedding and head stay float32, for their gradients are sums in float32 (`_embed`, loss.py), and so do norm scales.
+    Where layers are unrolled, a gradient by the stacked array would be a sum of as many whole arrays, all but one layer
+    of each zero.
+    """
+    dtype = jnp.dtype(cfg.compute_dtype)
+    cast = lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype)  # noqa: E731
+    layers = jax.tree_util.tree_map_with_path(cast, params["layers"])
+    if not execution.scan_layers:
+        layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(cfg.layers))
+    return params | {"layers": layers}
+
+
+def stacked(of_working: Params) -> Params:
+    """A tree shaped like the result of `working`, such as its gradients, in the shape of the parameters."""
+    layers = of_working["layers"]
+    if isinstance(layers, tuple):
+        layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return of_working | {"layers": layers}
+
+
 @functools.cache
 def _block(cfg: Model) -> nnx.GraphDef:
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0))))
@@ -107,6 +132,7 @@ def hidden(
 ) -> jax.Array:
     """Final-normed hidden states [B, T, D] in the compute dtype.
 
+    params: as `init` makes them, or their `working` copy.
     tokens_BT: in order; or, where the mesh's `context` splits them, `sharding.striped`, and so is the result.
     documents_BT: segment ids; tokens see only their own document.  Positions run on through the row: RoPE depends
     on differences only, so a document's result does not depend on where in the row it lies.
@@ -131,12 +157,13 @@ def hidden(
     x_BTD = _embed(params, tokens_BT, cfg)
     if dropout_key is not None:
         x_BTD = dropout(x_BTD, cfg.dropout, jax.random.fold_in(dropout_key, cfg.layers))
-    stacked = (params["layers"], jnp.arange(cfg.layers))
     if execution.scan_layers:
-        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, (params["layers"], jnp.arange(cfg.layers)))
     else:
+        layers = params["layers"]
         for i in range(cfg.layers):
-            x_BTD, _ = body(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+            layer = layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+            x_BTD, _ = body(x_BTD, (layer, jnp.int32(i)))
     return rms_norm(x_BTD, params["norm"]["scale"], cfg.norm_eps)
 
 
