@@ -12,13 +12,18 @@ from tinyllama_jax.attention import attention
 from tinyllama_jax.attention.choice import kernel
 
 F32, BF16 = jnp.float32, jnp.bfloat16
-DTYPES = {"triton": (F32, BF16), "tpu": (F32, BF16), "hopper": (BF16,)}  # what the matrix units of each take
+DTYPES = {
+    "blocks": (F32, BF16),
+    "triton": (F32, BF16),
+    "tpu": (F32, BF16),
+    "hopper": (BF16,),
+}  # what the matrix units of each take
 NAMES = ("o", "lse", "dq", "dk", "dv")
 
 
-def kernels(dtype=None):
+def kernels(dtype=None, but=()):
     """Parametrises a test over the kernels, interpreted; with `dtype`, over those that compute in it."""
-    names = [name for name in DTYPES if dtype is None or dtype in DTYPES[name]]
+    names = [name for name in DTYPES if (dtype is None or dtype in DTYPES[name]) and name not in but]
     return pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in names])
 
 

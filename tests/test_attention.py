@@ -16,7 +16,7 @@ from tinyllama_jax.errors import ConfigError
 
 B, T, H, G, K = 2, 12, 6, 2, 8
 ROOT = Path(__file__).parent.parent
-EVERYWHERE = ("reference", "xla")  # what runs on any device; the kernels: test_kernels.py
+EVERYWHERE = ("reference", "blocks", "xla")  # what runs on any device; the kernels: test_kernels.py
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ CALL = Call(head_dim=64, dtype=jnp.bfloat16, queries=2048)
 @pytest.mark.parametrize(
     ("platform", "kind", "call", "name", "words"),
     [
-        ("cpu", "cpu", CALL, "reference", "no kernel of ours is proven on cpu"),
+        ("cpu", "cpu", CALL, "blocks", "no kernel of ours is proven on cpu"),
         ("gpu", "NVIDIA A100-SXM4-40GB", CALL, "cudnn", "no kernel of ours is proven on NVIDIA A100-SXM4-40GB"),
         ("gpu", "NVIDIA H200", CALL._replace(ranges=True), "xla", "not cudnn: it would need documents"),
         ("gpu", "NVIDIA H200", CALL._replace(dtype=jnp.float32), "xla", "bfloat16 or float16, not float32"),
@@ -198,7 +198,7 @@ def test_a_named_implementation_that_cannot_serve_the_call_is_refused(name, kind
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(implementation="flash3"), "choose one of auto, reference, xla"),
+        (dict(implementation="flash3"), "choose one of auto, reference, blocks, xla"),
         (dict(heads=5), "2 key/value heads do not divide 5"),
         (dict(queries=3), "3 queries against 12 keys"),
         (dict(keys_of_v=10), "do not fit together"),

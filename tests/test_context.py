@@ -42,6 +42,7 @@ CASES = [
     ("reference", (1, 1, 8, 1), {}),
     ("reference", (1, 1, 4, 2), dict(soft_cap=5.0)),
     ("reference", (1, 1, 4, 1), dict(window=9)),
+    ("blocks", (1, 1, 4, 2), dict(window=9)),
     ("interpret:triton", (1, 1, 4, 2), {}),
     ("interpret:triton", (1, 1, 2, 1), dict(window=9)),
     ("interpret:triton", (1, 1, 4, 1), dict(soft_cap=5.0)),

@@ -49,7 +49,7 @@ def mesh():
 
 
 def by(name):
-    return f"interpret:{name}"
+    return f"interpret:{name}" if name in choice.KERNELS else name
 
 
 def same(a, b):
@@ -145,7 +145,7 @@ def test_nothing_leaks_between_documents_or_from_the_future(name):
     np.testing.assert_array_equal(np.asarray(a.astype(F32)), np.asarray(b.astype(F32)))
 
 
-@kernels()
+@kernels(but=("blocks",))  # which skips the future only
 def test_hidden_blocks_are_skipped_not_masked(name):
     """A NaN anywhere in a block that is visited spreads, masked or not; in one that is skipped it cannot."""
     q, k, v, do = problem(1, 768, 2, 1, 64, DTYPES[name][0])
@@ -281,7 +281,7 @@ def test_sharded_rows_and_heads_need_no_collective(name):
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize(("remat", "forwards"), [("save_dots_and_attention", 1), ("none", 1), ("full", 2)])
-@kernels()
+@kernels(but=("blocks",))  # has none
 def test_a_policy_that_keeps_the_result_runs_the_forward_kernel_once(name, remat, forwards, scan_layers, monkeypatch):
     """Traced for the device that each kernel is for: a simulated Hopper cannot be rematerialised."""
     from tinyllama_jax.config import Execution, Model
@@ -304,11 +304,14 @@ def test_under_vmap_scan_and_donation(name):
     q, k, v, do = problem(2, 128, 2, 1, 64, DTYPES[name][0])
     want = run(q, k, v, do, implementation=by(name))[0]
     one = lambda q, k, v: attention(q[None], k[None], v[None], implementation=by(name))[0]  # noqa: E731
-    np.testing.assert_array_equal(np.asarray(jax.vmap(one)(q, k, v).astype(F32)), np.asarray(want.astype(F32)))
+    rounding = 1e-6 if name == "blocks" else 0  # XLA fuses it with what is around
+    mapped = jax.vmap(one)(q, k, v)
+    np.testing.assert_allclose(np.asarray(mapped.astype(F32)), np.asarray(want.astype(F32)), atol=rounding, rtol=0)
 
     def step(carry, _):
         return attention(carry, k, v, implementation=by(name)), None
 
     twice = jax.jit(lambda q: jax.lax.scan(step, q, None, length=2)[0], donate_argnums=0)
     again = run(want, k, v, do, implementation=by(name))[0]
-    np.testing.assert_array_equal(np.asarray(twice(q.copy()).astype(F32)), np.asarray(again.astype(F32)))
+    got = np.asarray(twice(q.copy()).astype(F32))
+    np.testing.assert_allclose(got, np.asarray(again.astype(F32)), atol=rounding, rtol=0)

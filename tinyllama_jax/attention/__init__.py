@@ -1,6 +1,7 @@
 """Causal grouped-query attention: one public function, several implementations with the same numbers.
 
     reference   the formula in plain JAX, every score in memory          any device
+    blocks      the same by blocks of queries, without the future        any device; what CPUs take
     xla         jax.nn.dot_product_attention                             any device
     cudnn       the same through cuDNN; no documents                     NVIDIA GPUs
     splash      jax's splash attention                                   TPUs
@@ -8,7 +9,7 @@
     hopper      ours, Pallas Mosaic GPU                                  H100, H200
     tpu         ours, Pallas Mosaic TPU                                  TPUs v4 and later
 
-The last three and the reference also serve rows whose tokens the mesh's `context` splits: stripes.py.
+The last three, blocks and the reference also serve rows whose tokens the mesh's `context` splits: stripes.py.
 Ours skip what no query of a block can see, in the forward and in both backward passes.  choice.py picks for `auto`.
 """
 

@@ -20,8 +20,18 @@ from tinyllama_jax.errors import ConfigError
 
 GPU, TPU = "gpu", "tpu"
 # name -> the platform it is for; None: any.
-NAMES = {"reference": None, "xla": None, "cudnn": GPU, "splash": TPU, "triton": GPU, "hopper": GPU, "tpu": TPU}
+NAMES = {
+    "reference": None,
+    "blocks": None,
+    "xla": None,
+    "cudnn": GPU,
+    "splash": TPU,
+    "triton": GPU,
+    "hopper": GPU,
+    "tpu": TPU,
+}
 KERNELS = ("triton", "hopper", "tpu")  # ours: modules of this package, run by fused.py
+MERGED = (*KERNELS, "blocks", "reference")  # whose results over parts of the keys can be merged by their log-sum-exp
 INTERPRET = "interpret:"  # before a kernel's name: JAX interprets it, on any platform; slow, for tests and debugging
 
 # A word of the device kind -> our kernel that `auto` takes there.  A row may stand here only with the parity that was
@@ -51,7 +61,7 @@ class Call(NamedTuple):
 
 
 def kernel(name: str) -> ModuleType:
-    """The module of one of KERNELS, or the reference's, which can stand in for one.
+    """The module of one of KERNELS, or of `blocks` or the reference, which can stand in for one.
 
     Imported when it is first needed, for Pallas takes a second.
     """
@@ -75,15 +85,15 @@ def obstacle(name: str, call: Call, platform: str, kind: str) -> str | None:
         return f"it runs on {needs.upper()}s and this is a {platform}"
     if name == "hopper" and not interpreted and not any(word in kind for word in ("H100", "H200", "H800", "H20")):
         return f"it runs on Hopper GPUs and this is {kind}"
-    if call.context > 1 and (name not in (*KERNELS, "reference") or call.cache):
+    if call.context > 1 and (name not in MERGED or call.cache):
         return "it returns no log-sum-exp to merge the parts of a row by, which mesh.context splits"
     if call.cache and name not in ("reference", "xla"):
         return "it does not read a key/value cache"
     if name in KERNELS:
         return kernel(name).refuses(head_dim=call.head_dim, dtype=jnp.dtype(call.dtype), soft_cap=call.soft_cap)
-    if name != "reference" and call.soft_cap is not None:
+    if name not in MERGED and call.soft_cap is not None:
         return "it has no soft cap"
-    if name != "reference" and call.lse:
+    if name not in MERGED and call.lse:
         return "it does not return a float32 log-sum-exp"
     if name == "cudnn":
         if call.ranges:
@@ -123,7 +133,7 @@ def choose(
         return implementation, "named in execution.attention"
 
     ours = [name for word, name in PROVEN.items() if word in kind]
-    library = {GPU: ["cudnn", "xla"], TPU: ["splash", "xla"]}.get(platform, [])
+    library = {GPU: ["cudnn", "xla"], TPU: ["splash", "xla"]}.get(platform, ["blocks"])
     passed_over = []
     for name in [*ours, *library, "reference"]:
         why_not = obstacle(name, call, platform, kind)
