@@ -230,23 +230,16 @@ class Fork:
 class Execution:
     """How the same numbers are computed; never part of a run's identity."""
 
+    # attention/__init__.py says what each is; interpret: runs a kernel anywhere, slowly
     attention: Literal[
-        "auto",
-        "reference",
-        "xla",
-        "cudnn",
-        "splash",
-        "triton",
-        "hopper",
-        "tpu",
-        "interpret:triton",
-        "interpret:hopper",
-        "interpret:tpu",
-    ] = "auto"  # attention/__init__.py says what each is; interpret: runs a kernel anywhere, slowly
+        "auto", "reference", "blocks", "xla", "cudnn", "splash", "triton", "hopper", "tpu",
+        "interpret:triton", "interpret:hopper", "interpret:tpu",
+    ] = "auto"  # fmt: skip
     remat: Literal["none", "full", "save_dots", "save_dots_and_attention"] = "none"
-    scan_layers: bool = True  # False unrolls the layers: slower to compile, easier to debug, same numbers
+    scan_layers: bool = True  # False unrolls the layers: slower to compile, faster on GPUs and CPUs, same numbers
     micro_batch_sequences: int = 0  # sequences per accumulation step over all devices; 0 = the whole batch
     loss_chunk_tokens: int = 2048  # tokens whose logits exist at the same time, per device
+    deterministic: bool = False  # GPUs: the same bits every time, as CPUs and TPUs do anyway; programs in RUN/programs
 
     def __post_init__(self):
         _require(self.micro_batch_sequences >= 0, "execution.micro_batch_sequences is negative")

@@ -27,10 +27,13 @@ class Wants(NamedTuple):
     failed: bool = False  # the last save failed in the background
 
 
-def with_wants(train_step: Callable, mesh: Mesh, peers: Peers, barrier_seconds: float) -> Callable:
+def with_wants(
+    train_step: Callable, mesh: Mesh, peers: Peers, barrier_seconds: float, compiler_options: dict | None = None
+) -> Callable:
     """(state, batch, lr, step, wants()) -> (state, metrics, asked), where `read(asked)` is what any process wanted.
 
-    With one process nothing is added to the step, and nothing is asked for.
+    train_step: made by `jax.jit` with these `compiler_options`.  With one process nothing is added to the step, and
+    nothing is asked for.
     """
     if peers.count == 1:
 
@@ -40,9 +43,11 @@ def with_wants(train_step: Callable, mesh: Mesh, peers: Peers, barrier_seconds: 
         return alone
 
     def together(state: Any, batch: Any, lr: jax.Array, step: jax.Array, wants_DW: jax.Array):
-        return *train_step(state, batch, lr, step), jnp.max(wants_DW, axis=0)
+        # Unwrapped, for JAX refuses options of a function inside of another one.
+        return *train_step.__wrapped__(state, batch, lr, step), jnp.max(wants_DW, axis=0)
 
-    compiled = compiled_together(jax.jit(together, donate_argnums=0), peers, "step", barrier_seconds)
+    jitted = jax.jit(together, donate_argnums=0, compiler_options=compiler_options)
+    compiled = compiled_together(jitted, peers, "step", barrier_seconds)
     by_device = NamedSharding(mesh, P(tuple(mesh.axis_names), None))
     mine = sum(device.process_index == peers.index for device in mesh.devices.flat)
 

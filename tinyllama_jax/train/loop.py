@@ -97,6 +97,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
         if tracker is not None:
             tracker.event(f"checkpoint_{kind}", step=at)
 
+    start.keep_programs(run, workdir, peers)
     plan = Plan(run.curriculum, run.data.sequence_tokens)
     checkpoints = Checkpoints(
         start.checkpoint_directory(run, workdir),
@@ -154,7 +155,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
                 contextlib.closing(Profile(tracking, workdir / "profile")) as profile,
             ):
                 _steps(
-                    *(run, plan, store, batches, pipeline, mesh, state, done),
+                    *(run, plan, store, batches, pipeline, mesh, state, done, began),
                     *(checkpoints, tracker, profile, peers, stop, watchdog),
                 )
         finally:
@@ -162,10 +163,11 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
 
 
 def _steps(
-    run, plan, store, batches, pipeline, mesh, state, done, checkpoints, tracker, profile, peers, stop, watchdog
+    run, plan, store, batches, pipeline, mesh, state, done, began, checkpoints, tracker, profile, peers, stop, watchdog
 ) -> None:
     """From `done` steps to the end of the plan."""
-    train_step = ballot.with_wants(step.make_train_step(run), mesh, peers, run.checkpoint.barrier_seconds)
+    options = step.compiler_options(run.execution)
+    train_step = ballot.with_wants(step.make_train_step(run), mesh, peers, run.checkpoint.barrier_seconds, options)
     rate = learning_rate(run.lr, plan)
     tokenizer = store.tokenizer()
     validator = Validator(
@@ -208,6 +210,8 @@ def _steps(
         watchdog.took(now - last)
         record = describe(index, metrics, rate, seconds=now - last, waited=waited, compiled=first)
         tracker.step(record)
+        if index == done:
+            start.first_step(tracker, began, peers)
         for alert in alerts.step(record):
             tracker.alert(alert)
         pending, last = None, now

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from tinyllama_jax import __version__, configio, flops
+from tinyllama_jax import __version__, configio, flops, programs
 from tinyllama_jax.config import Run
 from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.plan import silent
@@ -45,6 +45,26 @@ def process_began() -> float:
         return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, AttributeError, IndexError, ValueError):  # not Linux
         return time.time()
+
+
+def keep_programs(run: Run, workdir: Path, peers: Peers = ALONE) -> None:
+    """Before anything is compiled: with all runs of these shapes; of a deterministic run in its own directory, for
+    there they carry the compiler's choices, which other machines and later days must share."""
+    own = workdir / "programs" if run.execution.deterministic else None
+    shapes = {name: configio.to_dict(getattr(run, name)) for name in ("model", "execution", "mesh", "optimizer")}
+    batches = sorted({stage.batch_tokens for stage in run.curriculum})
+    shapes |= {"data": [run.data.sequence_tokens, run.data.document_masking, batches]}
+    programs.keep(json.dumps(shapes), own, tidy=peers.lead)
+
+
+def first_step(tracker, began: float, peers: Peers = ALONE) -> None:
+    """Seals the programs and tells how long the first step was waited for."""
+    if peers.lead:
+        programs.seal()
+    found = programs.first_step(began)
+    tracker.event("first_step", **found)
+    kept = f", {found['programs_found']} programs found compiled" if found["programs_found"] else ""
+    say(f"first step after {found['seconds']:.1f} s, of which {found['compile_s']:.1f} s for programs{kept}", peers)
 
 
 def checkpoint_directory(run: Run, workdir: Path) -> str | Path:

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinyllama_jax import optim
-from tinyllama_jax.config import Run
+from tinyllama_jax.attention.choice import GPU, device
+from tinyllama_jax.config import Execution, Run
 from tinyllama_jax.data.pipeline import Batch
 from tinyllama_jax.loss import training_loss
 from tinyllama_jax.model import transformer
@@ -36,6 +37,18 @@ def put_batch(batch: Batch, accumulation: int, mesh: Mesh, *, documents: bool) -
     return {name: put(batch[name]) for name in names}
 
 
+def compiler_options(execution: Execution) -> dict[str, Any] | None:
+    """Options of `jax.jit` for the step on the mesh in use.
+
+    execution.deterministic: XLA takes no kernel whose sums depend on the order of threads, for scatters (the gradient
+    of the embedding), cuDNN's attention backward and reductions.  Unlike with xla_gpu_deterministic_ops it still
+    measures which kernels are fastest, and keeps what it has found (programs.py).
+    """
+    if execution.deterministic and device()[0] == GPU:
+        return {"xla_gpu_exclude_nondeterministic_ops": True}
+    return None
+
+
 def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """A function (state, batch, lr, step) -> (state, metrics); compiles once per batch shape, donates `state`.
 
@@ -46,9 +59,9 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
     """
     optimizer = optim.make_optimizer(run.optimizer)
 
-    def micro_loss(params: Any, micro: dict[str, jax.Array], valid_tokens: jax.Array, key: jax.Array | None):
+    def micro_loss(weights: Any, micro: dict[str, jax.Array], valid_tokens: jax.Array, key: jax.Array | None):
         x_BTD = transformer.hidden(
-            params,
+            weights,
             micro["tokens"],
             run.model,
             run.execution,
@@ -57,7 +70,7 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
         )
         objective, nll, z = training_loss(
             x_BTD,
-            transformer.head_kernel(params, run.model),
+            transformer.head_kernel(weights, run.model),
             micro["targets"],
             micro["valid"],
             chunk_tokens=run.execution.loss_chunk_tokens,
@@ -68,6 +81,7 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
 
     def train_step(state: State, batch: dict[str, jax.Array], lr: jax.Array, step: jax.Array):
         params = state["params"]
+        weights = transformer.working(params, run.model, run.execution)
         accumulation = batch["tokens"].shape[0]
         valid_tokens = jnp.maximum(jnp.sum(batch["valid"], dtype=jnp.int32), 1).astype(jnp.float32)
         # The key is a function of the step, so that a resumed run draws the same masks.
@@ -75,7 +89,7 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
 
         def one(micro: dict[str, jax.Array], index: jax.Array | int):
             key = None if step_key is None else jax.random.fold_in(step_key, index)
-            grads, losses = jax.grad(micro_loss, has_aux=True)(params, micro, valid_tokens, key)
+            grads, losses = jax.grad(micro_loss, has_aux=True)(weights, micro, valid_tokens, key)
             return losses, grads
 
         if accumulation == 1:
@@ -91,12 +105,15 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
                 return jax.tree.map(jnp.add, total, losses_and_grads), None
 
             names = ["loss"] + (["z_loss"] if run.optimizer.z_loss else [])
-            zeros = (dict.fromkeys(names, jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
+            sums = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
+            zeros = (dict.fromkeys(names, jnp.float32(0)), sums)
             (losses, grads), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(accumulation)))
 
         params, opt_state, metrics = optim.update(
-            optimizer, run.optimizer, grads, state["optimizer"], params, loss=losses["loss"], lr=lr
+            *(optimizer, run.optimizer, transformer.stacked(grads), state["optimizer"], params),
+            loss=losses["loss"],
+            lr=lr,
         )
         return {"params": params, "optimizer": opt_state}, {**losses, "valid_tokens": valid_tokens, **metrics}
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(run.execution))
