@@ -18,13 +18,13 @@ import datetime
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from lines import RESULTS, ROOT, device, isolated, versions
+from lines import RESULTS, device, isolated, versions
+from real_runs import losses_of, records, train
 
 NEEDED = ("jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "sentencepiece", "tokenizers", "tqdm")
 
@@ -46,32 +46,18 @@ PRECISION_TOLERANCE = 0.002  # of the loss; a bfloat16 has 8 bits, but a loss av
 # -- resume ------------------------------------------------------------------------------------------------
 
 
-def losses_of(run: Path) -> list[float]:
-    """The losses of the steps whose lines are complete."""
-    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
-    return [json.loads(line)["loss"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 def resume(directory: Path, kill_after: int = 130) -> dict:
     """Losses of a whole run beside those of one that was killed after `kill_after` steps and continued."""
-    settings = ["--set", f"data.store={directory / 'store'}"]
-    command = [sys.executable, "-m", "tinyllama_jax", "train", "experiments.smoke:tiny", *settings, "--workdir"]
     whole, broken = directory / "whole", directory / "broken"
+    experiment, settings = "experiments.smoke:tiny", [f"data.store={directory / 'store'}"]
     begin = time.perf_counter()
-    subprocess.run([*command, whole], cwd=ROOT, check=True, stdout=sys.stderr)
+    train(experiment, whole, settings)
     seconds = time.perf_counter() - begin
-    process = subprocess.Popen([*command, broken], cwd=ROOT, stdout=sys.stderr)
-    while len(losses_of(broken)) < kill_after and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()  # SIGKILL: it cannot prepare for it
-    if process.wait() == 0:
-        raise RuntimeError(f"the run ended before it could be killed after step {kill_after}")
-    killed_at = len(losses_of(broken))
-    subprocess.run([*command, broken], cwd=ROOT, check=True, stdout=sys.stderr)
+    killed_at = train(experiment, broken, settings, kill_after=kill_after)
+    train(experiment, broken, settings)
     one, other = losses_of(whole), losses_of(broken)
-    events = [json.loads(line) for line in (broken / "events.jsonl").read_text().splitlines()]
     worst = max((abs(a - b) for a, b in zip(one, other, strict=True)), default=float("inf"))
-    continued = [e["how"] for e in events if e["kind"] == "start"][-1]
+    continued = [e["how"] for e in records(broken, "events") if e["kind"] == "start"][-1]
     return {
         "ok": worst <= RESUME_TOLERANCE and one[-1] < one[0] - 1 and continued.startswith("resumed"),
         "steps": len(one),
