@@ -12,6 +12,8 @@
 #   make proof-kills  two and four processes, one at a time killed 20 times: no step lost, none twice; 20 minutes
 #   make proof-fits  fits of made and published points: exact, and as sure as they say: a minute
 #   make proof-lab  210 runs planned and 200 reported while a person waits: half a minute
+#   make proof-startup  imports, helps and plans are quick and need no jax: three minutes
+#   make proof-versus  the training step beside PyTorch's on this CPU, the same numbers first: ten minutes
 #   make proof-soak  an hour of runs that are killed, stopped, damaged and short of disk: as if nothing had happened
 #   make lint | bench | clean
 
@@ -33,7 +35,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-sky test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-fits proof-lab proof-soak clean always
+.PHONY: help demo test test-faults test-sky test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-fits proof-lab proof-startup proof-versus proof-soak clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -126,6 +128,12 @@ proof-fits: $(VENV)/.run
 
 proof-lab: $(VENV)/.run
 	@$(RUN) benchmarks/proof_lab.py
+
+proof-startup: $(VENV)/.run
+	@$(RUN) benchmarks/startup.py --out benchmarks/results/startup.jsonl
+
+proof-versus: $(VENV)/.full
+	@$(FULL) benchmarks/versus_torch.py --minimum 0.75 --out benchmarks/results/versus_torch_cpu.jsonl
 
 proof-soak: $(VENV)/.run
 	@$(RUN) tests/soak.py --minutes 60 --out benchmarks/results/proof_soak.json

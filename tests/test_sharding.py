@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax import config, presets, sharding
+from tinyllama_jax import config, presets, sharding, weights
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.model import transformer
 
@@ -64,7 +64,7 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
         for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(presets.preset(name)))[0]:
             assert len(sharding.logical_axes(path)) == leaf.ndim
             paths.add(tuple(entry.key for entry in path))
-    assert paths == set(sharding.PARAMETERS)
+    assert paths == set(weights.AXES)
 
 
 SIZES = {"replica": 1, "data": 4, "context": 1, "tensor": 2}

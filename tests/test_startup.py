@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import startup
 
-from tinyllama_jax import sharding, weights
+from tinyllama_jax import weights
 from tinyllama_jax.config import replace
 from tinyllama_jax.model import transformer
 from tinyllama_jax.presets import PRESETS, preset
@@ -89,7 +89,3 @@ def test_shapes_without_jax_are_those_of_the_weights(tied):
 def test_the_presets_shapes_are_those_of_their_weights():
     for name in PRESETS:
         assert weights.shapes(preset(name)) == leaves(preset(name)), name
-
-
-def test_axes_are_those_that_are_laid_out():
-    assert weights.AXES == sharding.PARAMETERS

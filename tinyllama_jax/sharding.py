@@ -27,7 +27,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
-from tinyllama_jax import config, mesh_rules
+from tinyllama_jax import config, mesh_rules, weights
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.mesh_rules import AXES
 
@@ -52,23 +52,6 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("kv_heads", "data"),
     ("head_dim", "data"),
 )
-
-# Logical axes of every parameter, by its path.
-PARAMETERS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("embed", "embedding"): ("vocab", "embed"),
-    ("layers", "attention_norm", "scale"): ("layers", "norm"),
-    ("layers", "attention", "query"): ("layers", "embed", "heads", "head_dim"),
-    ("layers", "attention", "key"): ("layers", "embed", "kv_heads", "head_dim"),
-    ("layers", "attention", "value"): ("layers", "embed", "kv_heads", "head_dim"),
-    ("layers", "attention", "out"): ("layers", "heads", "head_dim", "embed"),
-    ("layers", "mlp_norm", "scale"): ("layers", "norm"),
-    ("layers", "mlp", "gate"): ("layers", "embed", "mlp"),
-    ("layers", "mlp", "up"): ("layers", "embed", "mlp"),
-    ("layers", "mlp", "down"): ("layers", "mlp", "embed"),
-    ("norm", "scale"): ("norm",),
-    ("head", "kernel"): ("embed", "vocab"),
-}
-
 
 def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> DeviceMesh:
     """The mesh (replica, data, context, tensor) over `devices` (default: all), with Explicit axis types.
@@ -139,9 +122,9 @@ def partition(
 def logical_axes(path: Sequence[Any]) -> tuple[str, ...]:
     """Logical axes of the parameter at a `jax.tree_util` key path.  Raises ValueError for an unknown parameter."""
     keys = tuple(str(getattr(entry, "key", entry)) for entry in path)
-    if keys not in PARAMETERS:
-        raise ValueError(f"parameter {'.'.join(keys)} has no row in sharding.PARAMETERS")
-    return PARAMETERS[keys]
+    if keys not in weights.AXES:
+        raise ValueError(f"parameter {'.'.join(keys)} has no row in weights.AXES")
+    return weights.AXES[keys]
 
 
 def param_shardings(abstract_params: Any, mesh: DeviceMesh) -> Any:

@@ -26,7 +26,7 @@ from tinyllama_jax.preflight.traffic import BYTES, Collective
 from tinyllama_jax.schedules import PlannedStage
 
 PARTS = ("matmul", "attention", "elementwise", "cross_entropy", "optimizer", "communication", "gaps")
-UNFUSED = ("xla", "reference")
+UNFUSED = ("xla", "reference", "blocks")  # scores go through the memory
 
 
 def products(run: Run, tensor: int) -> list[tuple[int, int, int]]:

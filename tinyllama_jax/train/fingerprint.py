@@ -116,13 +116,14 @@ def _device_sums(arrays: tuple[jax.Array, ...]) -> jax.Array:
     """uint32 [arrays, 2], on every device."""
     mesh = next((m for a in arrays if (m := getattr(a.sharding, "mesh", None)) is not None), None)
     if mesh is None or mesh.empty:
-        return _jitted()(arrays)
+        return program()(arrays)
     with jax.set_mesh(mesh):  # the caller's thread may have none
-        return _jitted()(arrays)
+        return program()(arrays)
 
 
 @functools.cache
-def _jitted():
+def program():
+    """(arrays) -> uint32 [arrays, 2]; one for the process, so that `restoring.compile_ahead` makes it for all."""
     return jax.jit(_sums)
 
 

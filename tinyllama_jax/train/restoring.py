@@ -103,7 +103,7 @@ def compile_ahead(targets: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> Future
             mesh = next((m for leaf in leaves if (m := getattr(leaf.sharding, "mesh", None)) is not None), None)
             on_mesh = contextlib.nullcontext() if mesh is None or mesh.empty else jax.set_mesh(mesh)
             with on_mesh, jax.default_matmul_precision(precision):
-                fingerprint._jitted().lower(leaves).compile()
+                fingerprint.program().lower(leaves).compile()
 
     pool = ThreadPoolExecutor(1)
     future = pool.submit(work)
