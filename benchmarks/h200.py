@@ -33,6 +33,7 @@ FLAGS = {
     "no-triton-gemm": "--xla_gpu_enable_triton_gemm=false",
     "latency-hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
     "autotune-4": "--xla_gpu_autotune_level=4",
+    "memory-slop-125": "--xla_gpu_memory_limit_slop_factor=125",
 }
 STEP = ("--steps", "20", "--seconds", STOP)
 

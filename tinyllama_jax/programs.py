@@ -21,6 +21,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -34,14 +35,16 @@ class Programs:
 
     def __init__(self):
         self.folder: Path | None = None
-        self.found, self.compile_s = 0, 0.0
+        self.found, self.compile_s, self.thread = 0, 0.0, threading.get_ident()
 
     def on_event(self, event: str, **_) -> None:
         self.found += event == "/jax/compilation_cache/cache_hits"
 
     def on_duration(self, event: str, seconds: float, **_) -> None:
-        # A program that is found counts with the time that it takes to read it.
-        self.compile_s += seconds if event == "/jax/core/compile/backend_compile_duration" else 0.0
+        # A program that is found counts with the time that it takes to read it; one that another thread compiles
+        # meanwhile (train/restoring.py) is not waited for.
+        if event == "/jax/core/compile/backend_compile_duration" and threading.get_ident() == self.thread:
+            self.compile_s += seconds
 
 
 NOW = Programs()
