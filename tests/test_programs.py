@@ -55,7 +55,12 @@ def test_the_next_start_compiles_nothing_that_was_kept(kept, small_store, tmp_pa
     again, said = train(small_store, tmp_path / "run", cache)
     assert again["programs_found"] > 0 and f"{again['programs_found']} programs found compiled" in said
     assert losses(tmp_path / "run") == expected
-    assert before == {entry: entry.stat().st_mtime_ns for entry in entries(cache)}
+    after = {entry: entry.stat().st_mtime_ns for entry in entries(cache)}
+    assert before.items() <= after.items()
+    # What takes as long to compile as JAX asks for before it keeps something may be kept this time.
+    assert not any(
+        entry.name.startswith(("jit_train_step", "jit_batch_loss")) for entry in after.keys() - before.keys()
+    )
 
 
 @pytest.mark.slow
@@ -74,7 +79,11 @@ def test_what_is_not_what_was_written_is_compiled_again(how, kept, small_store, 
     _, said = train(small_store, tmp_path / "run", cache)
     assert losses(tmp_path / "run") == kept[1]
     lines = [line for line in said.splitlines() if "removed, and compiled again" in line]
-    assert len(lines) == 1 and str(damaged) in lines[0] and "Traceback" not in said
+    if how == "unsealed":
+        assert not lines and "Error reading persistent compilation cache entry" in said
+    else:
+        assert len(lines) == 1 and str(damaged) in lines[0]
+    assert "Traceback" not in said
     assert programs._whole(damaged) and damaged.with_name(damaged.name + programs.SEAL).exists()
 
 

@@ -6,10 +6,10 @@ It is JAX's persistent cache, switched on, in a folder per set of programs:
         jit_train_step-<key>-cache                      JAX's, by a key of program, options, devices and versions
         jit_train_step-<key>-cache.sha256               ours
 
-JAX writes an entry in place and checks nothing when it reads one.  So an entry is sealed with its hash once it is known
-to be whole; what has no seal or another hash when a process starts (killed while writing, no space, a flipped bit) is
-removed, and compiled again.  JAX_COMPILATION_CACHE_DIR, when set, is used as it is and not looked after;
-JAX_ENABLE_COMPILATION_CACHE=false compiles everything anew.
+JAX writes an entry in place and reads it without a check.  So an entry is sealed with its hash once it is known to be
+whole, and removed when it cannot be unpacked (its process was killed, the disk was full: JAX warns, and compiles).  One
+that is not what was sealed (a flipped bit) is removed when a process starts.  JAX_COMPILATION_CACHE_DIR, when set, is
+used as it is and not looked after; JAX_ENABLE_COMPILATION_CACHE=false compiles everything anew.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Programs:
 
     def __init__(self):
         self.folder: Path | None = None
-        self.found, self.compile_s, self.thread = 0, 0.0, threading.get_ident()
+        self.watching, self.thread = False, threading.get_ident()
+        self.found, self.compile_s = 0, 0.0
 
     def on_event(self, event: str, **_) -> None:
         self.found += event == "/jax/compilation_cache/cache_hits"
@@ -59,7 +60,8 @@ def keep(of: str, folder: Path | None = None, *, tidy: bool = True) -> Path | No
     """
     import jax
 
-    if NOW.folder is None:
+    if not NOW.watching:
+        NOW.watching = True
         jax.monitoring.register_event_listener(NOW.on_event)
         jax.monitoring.register_event_duration_secs_listener(NOW.on_duration)
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
@@ -68,7 +70,7 @@ def keep(of: str, folder: Path | None = None, *, tidy: bool = True) -> Path | No
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)  # who may write here may run programs as this user
         if tidy:
-            _remove_unsealed(path)
+            _remove_damaged(path)
             if folder is None:
                 os.utime(path)
                 _make_room(path)
@@ -114,10 +116,11 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
 
-def _remove_unsealed(path: Path) -> None:
+def _remove_damaged(path: Path) -> None:
     for entry in path.glob(f"*{ENTRY}"):
         mark = entry.with_name(entry.name + SEAL)
-        if not mark.exists() or mark.read_text() != _sha256(entry):
+        # What has no seal may be another process's, who has just compiled it.
+        if mark.exists() and mark.read_text() != _sha256(entry):
             print(f"{entry}: not what was written; removed, and compiled again", file=sys.stderr, flush=True)
             entry.unlink(missing_ok=True)
             mark.unlink(missing_ok=True)

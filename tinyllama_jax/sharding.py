@@ -53,6 +53,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("head_dim", "data"),
 )
 
+
 def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> DeviceMesh:
     """The mesh (replica, data, context, tensor) over `devices` (default: all), with Explicit axis types.
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tinyllama_jax import programs
 from tinyllama_jax.config import Model, replace
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.errors import CheckpointError
@@ -52,6 +53,7 @@ def load(text: str, mesh: Mesh, *, dtype: str = "float32") -> Loaded:
     path = saved.resolve(text)
     meta = saved.read_meta(path)
     model = replace(saved.model_of(meta), compute_dtype=dtype)
+    programs.keep(repr(model))
     shapes = jax.eval_shape(lambda key: transformer.init(model, key), jax.random.key(0))
     target = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
