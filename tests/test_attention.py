@@ -76,7 +76,7 @@ def test_ranges_of_one_row_under_every_layout():
         np.testing.assert_array_equal(end, [[5] * 5 + [12] * 7])
 
 
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("name", ("reference", "xla"))
 def test_cache_positions_against_loops(name):
     q, k, v = qkv(queries=3)
     positions = np.array([[0, 4, 11], [2, 3, 7]])

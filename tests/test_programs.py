@@ -79,12 +79,12 @@ def test_what_is_not_what_was_written_is_compiled_again(how, kept, small_store, 
     _, said = train(small_store, tmp_path / "run", cache)
     assert losses(tmp_path / "run") == kept[1]
     lines = [line for line in said.splitlines() if "removed, and compiled again" in line]
-    if how == "unsealed":
-        assert not lines and "Error reading persistent compilation cache entry" in said
+    assert "Traceback" not in said
+    if how == "unsealed":  # removed without a word; where JAX has met it before, the next start writes it
+        assert not lines and (not damaged.exists() or programs._whole(damaged))
     else:
         assert len(lines) == 1 and str(damaged) in lines[0]
-    assert "Traceback" not in said
-    assert programs._whole(damaged) and damaged.with_name(damaged.name + programs.SEAL).exists()
+        assert programs._whole(damaged) and damaged.with_name(damaged.name + programs.SEAL).exists()
 
 
 @pytest.mark.slow
