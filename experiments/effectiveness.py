@@ -77,4 +77,4 @@ def cpu() -> list[Run]:
         compute_dtype="float32",
     )
     base = _base("base", model, 4, Execution(attention="reference", loss_chunk_tokens=128))
-    return _one_at_a_time(base, ("xla",), REMATS)
+    return _one_at_a_time(base, ("blocks", "xla"), REMATS)

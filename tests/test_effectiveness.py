@@ -41,6 +41,6 @@ def test_every_attention_is_measured_where_it_runs():
 
     assert attentions("gpu") == {"auto", "reference", "xla", "cudnn", "triton", "hopper"}
     assert attentions("tpu") == {"auto", "reference", "xla", "splash", "tpu"}
-    both = attentions("gpu") | attentions("tpu")
-    assert both == {a for a in CHOICES["attention"] if not a.startswith("interpret:")}
-    assert attentions("cpu") == {"reference", "xla"}
+    everywhere = attentions("gpu") | attentions("tpu") | attentions("cpu")
+    assert everywhere == {a for a in CHOICES["attention"] if not a.startswith("interpret:")}
+    assert attentions("cpu") == {"reference", "blocks", "xla"}
