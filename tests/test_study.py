@@ -19,7 +19,8 @@ from tinyllama_jax.lab import (
     study_sections,
     study_tables,
 )
-from tinyllama_jax.lab.study import is_study, read_study, write_study
+from tinyllama_jax.lab.runs import is_study
+from tinyllama_jax.lab.study import read_study, write_study
 from tinyllama_jax.lab.study_factors import factors
 from tinyllama_jax.lab.study_fits import one_recipe, profiles, repetitions, surface
 from tinyllama_jax.lab.study_rows import Study
