@@ -149,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = []
     with tempfile.TemporaryDirectory(prefix="real-runs-", dir=args.workdir) as name:
         try:
+            train_step.runs_of(args.experiment, args.set)  # wrong words are told before anything runs
             if args.what == "exact":
                 found = exact(args.experiment, args.set, args.kill_after, Path(name))
                 failed += [] if found["ok"] else [f"{found['steps'] - found['equal_steps']} losses differ"]

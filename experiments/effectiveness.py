@@ -7,23 +7,11 @@ batch: the settings decide how the numbers are computed, not which.  They are me
 read.
 """
 
-from tinyllama_jax.config import Data, Execution, LearningRate, Mesh, Model, Run, Stage, replace
+from experiments.speed import step
+from tinyllama_jax.config import Execution, Model, Run, replace
 from tinyllama_jax.presets import preset
 
 ALL_TOKENS = 2**30  # more than a device's tokens: their logits all exist at the same time
-
-
-def _base(name: str, model: Model, sequences: int, execution: Execution) -> Run:
-    tokens = sequences * model.context_tokens
-    return Run(
-        name=name,
-        model=model,
-        data=Data(store="none: random tokens", sequence_tokens=model.context_tokens),
-        curriculum=(Stage(name="main", tokens=tokens, batch_tokens=tokens, mixture={"random": 1.0}),),
-        lr=LearningRate(kind="constant"),
-        execution=execution,
-        mesh=Mesh(replica=1, data=1),
-    )
 
 
 def _one_at_a_time(base: Run, attentions: tuple[str, ...], remats: tuple[str, ...]) -> list[Run]:
@@ -49,7 +37,7 @@ def gpu() -> list[Run]:
     The base takes what `auto` chooses.  What the GPU's memory or kind refuses is a line that says so.
     """
     execution = Execution(attention="auto", remat="save_dots_and_attention")
-    base = _base("base", preset("tinyllama-1.1b"), 8, execution)
+    base = step("base", preset("tinyllama-1.1b"), 8, execution)
     return _one_at_a_time(base, ("reference", "xla", "cudnn", "triton", "hopper"), REMATS)
 
 
@@ -59,7 +47,7 @@ def tpu() -> list[Run]:
     State and gradients alone are 17.6 GB, more than a v5e chip has.
     """
     execution = Execution(attention="auto", remat="full")
-    base = _base("base", preset("tinyllama-1.1b"), 4, execution)
+    base = step("base", preset("tinyllama-1.1b"), 4, execution)
     return _one_at_a_time(base, ("reference", "xla", "splash", "tpu"), REMATS)
 
 
@@ -76,5 +64,5 @@ def cpu() -> list[Run]:
         context_tokens=256,
         compute_dtype="float32",
     )
-    base = _base("base", model, 4, Execution(attention="reference", loss_chunk_tokens=128))
+    base = step("base", model, 4, Execution(attention="reference", loss_chunk_tokens=128))
     return _one_at_a_time(base, ("blocks", "xla"), REMATS)
