@@ -19,7 +19,6 @@ program  One H200's program, read: exit status 1 when one of CHECKS does not hol
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import sys
@@ -83,45 +82,16 @@ def run_of(target: targets.Target, rows: int, remat: str, layers_as: str, **othe
 # -- in the process that compiles ----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def lowered(run: Run, target: str) -> Iterator[tuple[Any, Any, dict[str, str]]]:
-    """(the step, lowered; its abstract state; what stands in for which attention), in the target's context."""
-    import jax
-    import numpy as np
-
-    from tinyllama_jax import sharding
-    from tinyllama_jax.preflight.step import Compiler
-    from tinyllama_jax.train import state as train_state
-    from tinyllama_jax.train import step as train_step
-
-    compiler = Compiler(run, targets.parse(target))
-    run, mesh = compiler.run, compiler.mesh
-    shape = (MICRO_BATCHES, run.execution.micro_batch_sequences, run.data.sequence_tokens)
-    spread, whole = sharding.token_sharding(mesh, leading=1), sharding.replicated(mesh)
-    dtypes = {"tokens": np.int32, "targets": np.int32, "valid": np.bool_}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=spread) for name, dtype in dtypes.items()}
-    lr, step = (jax.ShapeDtypeStruct((), dtype, sharding=whole) for dtype in (np.float32, np.int32))
-    with sharding.computing(mesh, run.model.compute_dtype), jax.default_device(mesh.devices.flat[0]):
-        state = train_state.abstract(run, mesh)
-        yield train_step.make_train_step(run).lower(state, batch, lr, step), state, compiler.attention
-
-
-def local_bytes(tree: Any) -> int:
-    """Bytes of one device's shares of a tree of abstract arrays."""
-    import jax
-
-    shares = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
-    return sum(math.prod(shape) * size for shape, size in shares)
-
-
 def memory(run: Run, target: str) -> dict[str, Any]:
     """Bytes per device, whether they fit, seconds, kernels.  What is refused has neither temporaries nor kernels."""
     import jax
 
-    from tinyllama_jax.preflight.step import refusal
+    from tinyllama_jax.preflight.step import Compiler, local_bytes, refusal
 
-    capacity = targets.parse(target).capacity_bytes
-    with lowered(run, target) as (step, state, attention):
+    parsed = targets.parse(target)
+    compiler, capacity = Compiler(run, parsed), parsed.capacity_bytes
+    attention = compiler.attention
+    with compiler.lowered(run.execution.micro_batch_sequences // parsed.count, MICRO_BATCHES) as (step, state, _):
         state_bytes = local_bytes(state)
         started = time.monotonic(), time.process_time()
         try:
@@ -151,11 +121,15 @@ def program(run: Run, target: str) -> dict[str, Any]:
     """The compiled text, and what `judge` needs to know of the state."""
     import jax
 
-    with lowered(run, target) as (step, state, attention):
+    from tinyllama_jax.preflight.step import Compiler, local_bytes
+
+    parsed = targets.parse(target)
+    compiler = Compiler(run, parsed)
+    with compiler.lowered(run.execution.micro_batch_sequences // parsed.count, MICRO_BATCHES) as (step, state, _):
         text = step.compile().as_text()
     stacked = [leaf.shape for leaf in jax.tree.leaves(state["params"]["layers"]) if leaf.ndim > 2]
     layers = sorted({math.prod(shape) for shape in stacked} | {math.prod(shape[1:]) for shape in stacked})
-    return {"text": text, "state_bytes": local_bytes(state), "layer_sizes": layers, "attention": attention}
+    return {"text": text, "state_bytes": local_bytes(state), "layer_sizes": layers, "attention": compiler.attention}
 
 
 # -- of the program -------------------------------------------------------------------------------------------

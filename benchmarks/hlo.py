@@ -48,9 +48,9 @@ class Program:
 
     def __init__(self, text: str):
         self.header = text.lstrip().partition("\n")[0]
-        self.computations, self.entry = collectives._parse(text)
+        self.computations, self.entry = collectives.parse(text)
         self.places: dict[str, Place] = {}
-        self.callers: dict[str, tuple[str, collectives._Line]] = {}
+        self.callers: dict[str, tuple[str, collectives.Instruction]] = {}
         self._lines = {name: {line.name: line for line in lines} for name, lines in self.computations.items()}
         self._visit(self.entry, Place(0, 1))
 
@@ -61,8 +61,8 @@ class Program:
             called = called_by(line)
             if line.opcode == "while":
                 # The condition is left out: where the length is known nothing asks it.
-                trips = collectives._trips(line, self.computations) or 1
-                body = dict(collectives._CALLED.findall(line.rest))["body"]
+                trips = collectives.trips_of(line, self.computations) or 1
+                body = dict(collectives.CALLED.findall(line.rest))["body"]
                 self._visit(body, Place(place.loops + 1, place.times * trips))
             elif line.opcode in ("call", "conditional"):
                 for other in called:
@@ -70,7 +70,7 @@ class Program:
             elif line.opcode in ("fusion", "async-start"):
                 self._enter(name, line, called)
 
-    def _enter(self, name: str, line: collectives._Line, called: list[str]) -> None:
+    def _enter(self, name: str, line: collectives.Instruction, called: list[str]) -> None:
         for other in called:
             self.callers[other] = (name, line)
             for inner in self.computations.get(other, []):
@@ -83,18 +83,18 @@ class Program:
             name = self.callers[name][0]
         return self.places.get(name, Place(0, 0))
 
-    def instructions(self) -> Iterator[tuple[str, collectives._Line]]:
+    def instructions(self) -> Iterator[tuple[str, collectives.Instruction]]:
         """(computation, instruction) of the whole module, insides of fusions too."""
         for name, lines in self.computations.items():
             for line in lines:
                 yield name, line
 
-    def operand(self, name: str, line: collectives._Line, number: int = 0) -> collectives._Line | None:
+    def operand(self, name: str, line: collectives.Instruction, number: int = 0) -> collectives.Instruction | None:
         """The instruction whose value is the operand of that number."""
         names = operands(line)
         return self._lines[name].get(names[number]) if number < len(names) else None
 
-    def source(self, name: str, line: collectives._Line) -> collectives._Line:
+    def source(self, name: str, line: collectives.Instruction) -> collectives.Instruction:
         """Where a value comes from, back through what only moves it and out of fusions: an instruction that computes
         it, or a parameter of the entry or of a loop's body."""
         while True:
@@ -111,12 +111,12 @@ class Program:
             line = before
 
 
-def called_by(line: collectives._Line) -> list[str]:
-    called = [other for _, other in collectives._CALLED.findall(line.rest)]
-    return called + re.findall(r"%([\w.\-]+)", "".join(collectives._BRANCHES.findall(line.rest)))
+def called_by(line: collectives.Instruction) -> list[str]:
+    called = [other for _, other in collectives.CALLED.findall(line.rest)]
+    return called + re.findall(r"%([\w.\-]+)", "".join(collectives.BRANCHES.findall(line.rest)))
 
 
-def operands(line: collectives._Line) -> list[str]:
+def operands(line: collectives.Instruction) -> list[str]:
     return re.findall(r"%([\w.\-]+)", line.rest[: line.rest.find(")")])
 
 
@@ -125,7 +125,7 @@ def arrays(types: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(types)]
 
 
-def said(name: str, line: collectives._Line) -> str:
+def said(name: str, line: collectives.Instruction) -> str:
     """An instruction as a reader finds it, cut short."""
     return f"{name}: {line.name} = {line.result.strip()[:120]} {line.opcode}({line.rest[:80]}"
 
@@ -164,7 +164,7 @@ def host_traffic(program: Program) -> list[str]:
 def donated_bytes(program: Program) -> int:
     """Bytes of the entry's parameters in whose place results are written."""
     sizes = {
-        int(line.rest.partition(")")[0]): sum(collectives._bytes(line.result))
+        int(line.rest.partition(")")[0]): sum(collectives.array_bytes(line.result))
         for line in program.computations[program.entry]
         if line.opcode == "parameter"
     }
@@ -182,7 +182,7 @@ def copies(program: Program, sizes: Collection[int]) -> dict[str, list[str]]:
     return found
 
 
-def _only_copies(program: Program, line: collectives._Line) -> bool:
+def _only_copies(program: Program, line: collectives.Instruction) -> bool:
     if line.opcode != "fusion":
         return line.opcode in COPIES
     inside = {inner.opcode for other in called_by(line) for inner in program.computations.get(other, [])} - FREE
@@ -241,11 +241,11 @@ def kernels(program: Program) -> dict:
     return {"per_step": sum(total.values()), "by_kind": dict(total.most_common()), "places": places, "again": again}
 
 
-def _repeats(lines: list[collectives._Line]) -> int:
+def _repeats(lines: list[collectives.Instruction]) -> int:
     return len(lines) - len({_AGAIN.sub("", line.name) for line in lines})
 
 
-def kind(line: collectives._Line) -> str:
+def kind(line: collectives.Instruction) -> str:
     if line.opcode == "fusion":
         return "fusion:" + "".join(_KIND.findall(line.rest)[:1]).lower()
     if line.opcode == "custom-call":

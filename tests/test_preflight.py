@@ -327,7 +327,7 @@ def test_bytes_of_a_device_are_those_of_its_shards():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, P("data", None))
     tree = {"a": jax.ShapeDtypeStruct((16, 3), np.float32, sharding=sharding)}
-    assert step._local_bytes(tree) == 2 * 3 * 4
+    assert step.local_bytes(tree) == 2 * 3 * 4
 
 
 def test_half_a_name_suggests_the_whole_one():

@@ -27,8 +27,8 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)\]}])([a-z][a-z\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 # Who talks to whom: axes of a mesh (whose devices may be in another order), the first of the groups themselves, or
 # groups x members of a numbering.
 _GROUPS = re.compile(
@@ -37,14 +37,14 @@ _GROUPS = re.compile(
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
 
-class _Line(NamedTuple):
+class Instruction(NamedTuple):
     name: str
     opcode: str
     result: str  # the type, as text
     rest: str  # operands, without the opening bracket, and attributes
 
 
-def _bytes(types: str) -> list[int]:
+def array_bytes(types: str) -> list[int]:
     """Sizes of the arrays in a type's text; layouts are no arrays, for they stand in braces."""
     return [
         math.prod(int(n) for n in dims.split(",") if n) * _BITS.get(dtype, 8) // 8
@@ -52,8 +52,8 @@ def _bytes(types: str) -> list[int]:
     ]
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Line]], str]:
-    computations: dict[str, list[_Line]] = {}
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    computations: dict[str, list[Instruction]] = {}
     entry, lines = "", None
     for text_line in text.splitlines():
         head = _HEAD.match(text_line)
@@ -71,15 +71,15 @@ def _parse(text: str) -> tuple[dict[str, list[_Line]], str]:
                         break
             opcode = _OPCODE.search(body, body.find(" ", end))
             if opcode:
-                lines.append(_Line(name, opcode[1], body[: opcode.start(1)], body[opcode.end() :]))
+                lines.append(Instruction(name, opcode[1], body[: opcode.start(1)], body[opcode.end() :]))
     return computations, entry
 
 
-def _trips(loop: _Line, computations: dict[str, list[_Line]]) -> int | None:
+def trips_of(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
     known = _TRIPS.search(loop.rest)
     if known:
         return int(known[1])
-    condition = dict(_CALLED.findall(loop.rest)).get("condition", "")
+    condition = dict(CALLED.findall(loop.rest)).get("condition", "")
     limits = {
         int(line.rest.partition(")")[0])
         for line in computations.get(condition, [])
@@ -88,18 +88,18 @@ def _trips(loop: _Line, computations: dict[str, list[_Line]]) -> int | None:
     return limits.pop() if len(limits) == 1 else None
 
 
-def _size(line: _Line, sizes: dict[str, int]) -> int:
+def _size(line: Instruction, sizes: dict[str, int]) -> int:
     """Bytes of the whole array of one collective: the larger of what goes in and what comes out."""
     operands = re.findall(r"%([\w.\-]+)", line.rest[: line.rest.find(")")])
     taken = sum(sizes.get(o, 0) for o in operands)
-    made = _bytes(line.result)
+    made = array_bytes(line.result)
     if line.opcode.endswith("-start") and len(made) > len(operands):
         # A start's type repeats its operands before its results, and may end with scalars of its own.
         made = made[len(operands) : 2 * len(operands)]
     return max(taken, sum(made))
 
 
-def _group(line: _Line) -> str:
+def _group(line: Instruction) -> str:
     """How many devices take part in each run of a collective, as text; "all" where it does not say."""
     match = _GROUPS.search(line.rest)
     if match is None:
@@ -118,7 +118,7 @@ def count(text: str) -> dict[str, Any]:
     devices that take part.  "loops_of_unknown_length" counts the loops that hold collectives and were taken to run
     once.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     found: dict[str, dict[str, Any]] = {}
     unknown = 0
 
@@ -134,7 +134,7 @@ def count(text: str) -> dict[str, Any]:
             return False
         sizes, held = {}, False
         for line in lines:
-            sizes[line.name] = sum(_bytes(line.result))
+            sizes[line.name] = sum(array_bytes(line.result))
             kind = line.opcode.removesuffix("-start")
             if kind in KINDS:
                 held = True
@@ -146,13 +146,13 @@ def count(text: str) -> dict[str, Any]:
                 row["bytes_per_step"] += moved
                 row["bytes_by_group"][group] = row["bytes_by_group"].get(group, 0) + moved
             elif line.opcode == "while":
-                trips = _trips(line, computations)
-                body = dict(_CALLED.findall(line.rest)).get("body", "")
+                trips = trips_of(line, computations)
+                body = dict(CALLED.findall(line.rest)).get("body", "")
                 if visit(body, times * (1 if trips is None else trips), False):
                     held, unknown = True, unknown + (trips is None)
             elif line.opcode in ("fusion", "call", "async-start", "conditional"):
-                called = [other for _, other in _CALLED.findall(line.rest)]
-                called += re.findall(r"%([\w.\-]+)", "".join(_BRANCHES.findall(line.rest)))
+                called = [other for _, other in CALLED.findall(line.rest)]
+                called += re.findall(r"%([\w.\-]+)", "".join(BRANCHES.findall(line.rest)))
                 for other in called:
                     scatters = line.name.startswith("all-reduce-scatter") or other.startswith("all-reduce-scatter")
                     held |= visit(other, times, scatters)

@@ -9,6 +9,7 @@ import contextlib
 import math
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -116,12 +117,10 @@ class Compiler:
             return False
         return True
 
-    def __call__(self, rows: int, micro_batches: int) -> dict[str, Any]:
-        """One compilation with `rows` sequences per device in each of `micro_batches`.
-
-        {"total", "seconds", "refused"}, bytes per device; unless the compiler refused also "state", "donated",
-        "batch", "collectives".
-        """
+    @contextlib.contextmanager
+    def lowered(self, rows: int, micro_batches: int) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+        """(step, state, batch) in the target's context: the step lowered for `rows` sequences per device in each of
+        `micro_batches`, and its abstract arguments."""
         run, mesh = self.run, self.mesh
         shape = (micro_batches, rows * self.shards, run.data.sequence_tokens)
         spread = token_sharding(mesh, leading=1)
@@ -130,13 +129,21 @@ class Compiler:
             dtypes["documents"] = np.int32
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=spread) for name, dtype in dtypes.items()}
         lr, step = (jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)) for dtype in (np.float32, np.int32))
-        started = time.monotonic()
         with self._context(run):
             state = train_state.abstract(run, mesh)
-            state_bytes = _local_bytes(state)
-            lowered = train_step.make_train_step(run).lower(state, batch, lr, step)
+            yield train_step.make_train_step(run).lower(state, batch, lr, step), state, batch
+
+    def __call__(self, rows: int, micro_batches: int) -> dict[str, Any]:
+        """One compilation with `rows` sequences per device in each of `micro_batches`.
+
+        {"total", "seconds", "refused"}, bytes per device; unless the compiler refused also "state", "donated",
+        "batch", "collectives".
+        """
+        started = time.monotonic()
+        with self.lowered(rows, micro_batches) as (step, state, batch):
+            state_bytes, batch_bytes = local_bytes(state), local_bytes(batch)
             try:
-                compiled = lowered.compile()
+                compiled = step.compile()
             except jax.errors.JaxRuntimeError as error:
                 refused = refusal(str(error))
                 if refused is None:
@@ -144,7 +151,6 @@ class Compiler:
                 seconds = time.monotonic() - started
                 return {"refused": True, "seconds": seconds, "state": state_bytes, **refused}
         memory = compiled.memory_analysis()
-        batch_bytes = _local_bytes(batch)
         return {
             "refused": False,
             "seconds": time.monotonic() - started,
@@ -165,7 +171,7 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _local_bytes(tree: Any) -> int:
+def local_bytes(tree: Any) -> int:
     """Bytes of one device's shares of a tree of ShapeDtypeStructs with shardings."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
