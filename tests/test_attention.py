@@ -167,10 +167,10 @@ def test_what_is_proven_has_its_measurement_committed():
 
 
 def test_the_device_is_the_meshs():
-    assert choice.device() == ("cpu", "cpu")
+    assert sharding.device() == ("cpu", "cpu")
     gpus = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("NVIDIA H200", None, "cuda"))
     with jax.sharding.use_abstract_mesh(gpus):
-        assert choice.device() == ("gpu", "NVIDIA H200")
+        assert sharding.device() == ("gpu", "NVIDIA H200")
 
 
 @pytest.mark.parametrize(

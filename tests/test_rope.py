@@ -1,5 +1,6 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -107,6 +108,15 @@ def test_partial_leaves_the_rest_alone_and_none_everything():
     turned = rope.rotate(x, *rope.tables(model(16, kind="partial", fraction=0.25), jnp.arange(5)))
     assert jnp.array_equal(turned[..., 4:], x[..., 4:]) and not jnp.array_equal(turned[:, 1:, :, :4], x[:, 1:, :, :4])
     assert jnp.array_equal(rope.rotate(x, *rope.tables(model(16, kind="none"), jnp.arange(5))), x)
+
+
+def test_constant_tables_are_those_that_the_program_computes(monkeypatch):
+    cfg, positions = model(64, kind="yarn", factor=4.0, original_context_tokens=2048), np.arange(4096)
+    constant = rope.tables(cfg, positions)
+    for made in (rope.tables(cfg, jnp.asarray(positions)), jax.jit(lambda x: rope.tables(cfg, x))(positions)):
+        np.testing.assert_allclose(made, constant, atol=2e-7 * 2)  # an ulp of values up to 1.14, by each
+    monkeypatch.setattr(rope, "LARGEST_CONSTANT", positions.size)
+    assert "cosine" in jax.jit(lambda: rope.tables(cfg, positions)).lower().as_text()
 
 
 def test_bf16_heads_are_turned_in_float32():

@@ -146,6 +146,17 @@ def test_remat_and_unrolled_layers_change_nothing():
         np.testing.assert_allclose(losses(replace(run, execution=execution), batches)[0], plain, rtol=1e-5)
 
 
+def test_a_step_computes_no_cosine():
+    """Where positions are known while tracing, tables are constants: a CPU would compute them again at every use."""
+    run = replace(quick(), execution=Execution(scan_layers=False))
+    mesh = make_mesh(ONE, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        placed = step.put_batch(batch_of(run), 1, mesh, documents=False)
+        arguments = train_state.init(run, mesh), placed, np.float32(0), np.int32(0)
+        text = step.make_train_step(run).lower(*arguments).as_text()
+    assert "cosine" not in text and "dot_general" in text
+
+
 @pytest.mark.slow
 def test_a_model_of_a_million_parameters_memorises_a_batch():
     run = quick()

@@ -127,7 +127,10 @@ def _sums_forward(x_BTD, w_DV, targets_BT, valid_BT, chunk_tokens, z_loss):
             dlogits_CV = jnp.where(is_target_CV, p_CV - 1, p_CV)
             dlogits_CV = jnp.where(valid_C[:, None], dlogits_CV, 0.0).astype(x_CD.dtype)
             dx_CD = jnp.matmul(dlogits_CV, w_DV.T)
-            dw_DV += jnp.matmul(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
+            x_DC = x_CD.T
+            if sharding.device()[0] == sharding.CPU:  # as an operand of its own: this product is then a quarter faster
+                x_DC = jax.lax.optimization_barrier(x_DC)
+            dw_DV += jnp.matmul(x_DC, dlogits_CV, preferred_element_type=jnp.float32)
             return (sums + _chunk_sums(nll_C, lse_C, valid_C), dw_DV), dx_CD
 
         start = (jnp.zeros(2), jnp.zeros(w_DV.shape, jnp.float32))

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import Optimizer
+from tinyllama_jax.sharding import CPU, device
 
 Tree = Any
 
@@ -35,11 +36,23 @@ def make_optimizer(cfg: Optimizer) -> optax.GradientTransformation:
     d = m_hat / (sqrt(v_hat) + eps) + weight_decay * params, after clipping to a global L2 norm of clip_norm
     (AdamW, arXiv 1711.05101; the decay is scaled by the rate, as in PyTorch).
     """
-    parts = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    parts = [_clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
     parts.append(_scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps))
     if cfg.weight_decay:
         parts.append(optax.add_decayed_weights(cfg.weight_decay, decay_mask if cfg.decay == "matrices" else None))
     return optax.chain(*parts)
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Gradients times min(1, limit / norm).  optax divides each of them by the norm, and XLA does not repeat a division
+    in the loops of both moments: it writes all gradients once more in between."""
+
+    def step(grads, state, params=None):
+        del params
+        factor = limit / jnp.maximum(optax.tree.norm(grads), limit)
+        return jax.tree.map(lambda g: g * factor, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), step)
 
 
 def _scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformationExtraArgs:
@@ -55,7 +68,7 @@ def _scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTran
         # A select, not a multiplication by 0 or 1: the branch not taken may hold NaN.
         mu, nu = jax.tree.map(lambda n, o: jnp.where(take, n, o), new, old)
         count = state.count + take.astype(jnp.int32)
-        if _on_cpu():
+        if device()[0] == CPU:
             # XLA's CPU backend has a loop per result, and donated moments would first be copied for the loop of the
             # parameters, which computes the new ones again from the old: twice the time of the whole update.
             mu, nu = jax.lax.optimization_barrier((mu, nu))
@@ -65,11 +78,6 @@ def _scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTran
 
     init = optax.scale_by_adam(beta1, beta2, eps, mu_dtype=jnp.float32).init
     return optax.GradientTransformationExtraArgs(init, step)
-
-
-def _on_cpu() -> bool:
-    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
-    return (of_mesh.platform if of_mesh else jax.default_backend()) == "cpu"
 
 
 def init(cfg: Optimizer, params: Tree) -> dict[str, Tree]:

@@ -31,6 +31,7 @@ from tinyllama_jax import config, mesh_rules, weights
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.mesh_rules import AXES
 
+CPU, GPU, TPU = "cpu", "gpu", "tpu"  # platforms, as `device` tells them
 FSDP, CONTEXT, TENSOR = "data", "context", "tensor"
 BATCH = ("replica", "data")  # specs are compared literally, axes of size 1 included: use this constant everywhere
 
@@ -77,6 +78,15 @@ def _grid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
         raise ConfigError(f"mesh.replica={sizes[0]} is not a multiple of the {slices} slices that the devices are in")
     within, between = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1]
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def device() -> tuple[str, str]:
+    """(platform, kind) of the devices of the mesh in use: (GPU, "NVIDIA H200"), (TPU, "TPU v5 lite"), (CPU, "cpu")."""
+    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    if of_mesh is None:
+        of_mesh = jax.devices()[0]
+    platform = GPU if of_mesh.platform in ("cuda", "gpu") else of_mesh.platform
+    return platform, of_mesh.device_kind
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def _run(name, q_BTHK, k_BSGK, v_BSGK, seen, q_positions_BT, soft_cap, return_ls
 
         return splash(q_BTHK, k_BSGK, v_BSGK, seen), None
     interpret = name.startswith(choice.INTERPRET)
-    options = Options(name.removeprefix(choice.INTERPRET), choice.device()[1], soft_cap, interpret)
+    options = Options(name.removeprefix(choice.INTERPRET), sharding.device()[1], soft_cap, interpret)
     return by_kernel(q_BTHK, k_BSGK, v_BSGK, seen, options)
 
 

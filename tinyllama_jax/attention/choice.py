@@ -11,14 +11,13 @@ import importlib
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from tinyllama_jax import sharding
 from tinyllama_jax.config import Run
 from tinyllama_jax.errors import ConfigError
+from tinyllama_jax.sharding import GPU, TPU
 
-GPU, TPU = "gpu", "tpu"
 # name -> the platform it is for; None: any.
 NAMES = {
     "reference": None,
@@ -68,15 +67,6 @@ def kernel(name: str) -> ModuleType:
     return importlib.import_module(f"tinyllama_jax.attention.{name}")
 
 
-def device() -> tuple[str, str]:
-    """(platform, kind) of the devices of the mesh in use: ("gpu", "NVIDIA H200"), ("tpu", "TPU v5 lite")."""
-    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
-    if of_mesh is None:
-        of_mesh = jax.devices()[0]
-    platform = GPU if of_mesh.platform in ("cuda", "gpu") else of_mesh.platform
-    return platform, of_mesh.device_kind
-
-
 def obstacle(name: str, call: Call, platform: str, kind: str) -> str | None:
     """Why implementation `name` cannot serve this call on this device, in one clause; None if it can."""
     interpreted, name = name.startswith(INTERPRET), name.removeprefix(INTERPRET)
@@ -120,7 +110,7 @@ def choose(
     Raises ConfigError for an unknown name and for one that cannot serve the call.
     """
     if platform is None or kind is None:
-        platform, kind = device()
+        platform, kind = sharding.device()
     if implementation != "auto":
         names = [*NAMES, *(INTERPRET + name for name in KERNELS)]
         if implementation not in names:

@@ -14,6 +14,7 @@ import numpy as np
 
 from tinyllama_jax.config import Model
 
+LARGEST_CONSTANT = 1 << 20  # values in a table of the program: 32k tokens of heads of 64 dimensions
 
 def inverse_frequencies(cfg: Model) -> tuple[np.ndarray, float]:
     """Angle per position of each rotated pair, float32 [rotated/2] in radians, and the factor on cos and sin.
@@ -66,10 +67,20 @@ def _yarn_range(cfg: Model) -> tuple[float, float]:
     return low, high if high != low else high + 0.001
 
 
-def tables(cfg: Model, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [..., T, rotated/2], at integer positions [..., T]."""
+def tables(cfg: Model, positions: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [..., T, rotated/2], at integer positions [..., T].
+
+    Of positions in numpy the tables are constants of the program, unless they are very large.  What the program
+    computes, XLA fuses into each use, and a CPU then spends an eighth of a training step on the same cosines, once for
+    every row, head and layer; it takes no notice of an optimization barrier.
+    """
     frequencies, scale = inverse_frequencies(cfg)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    if isinstance(positions, np.ndarray) and positions.size * frequencies.size <= LARGEST_CONSTANT:
+        # The angle is rounded to float32, as in the program; a cosine in float64 is the same on every host.
+        angles = (positions.astype(np.float32)[..., None] * frequencies).astype(np.float64)
+        cos, sin = (jnp.asarray(f(angles) * scale, jnp.float32) for f in (np.cos, np.sin))
+        return cos, sin
+    angles = jnp.asarray(positions, jnp.float32)[..., None] * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import checkpoint_policies as policies
 from jax.sharding import PartitionSpec as P
@@ -139,8 +140,8 @@ def hidden(
     dropout_key: training with `cfg.dropout` > 0; without a key nothing is dropped.
     """
     tokens_axis = sharding.token_axis(tokens_BT)
-    positions_T = sharding.striped(jnp.arange(tokens_BT.shape[1]), sharding.parts(tokens_axis))
-    cos, sin = rope.tables(cfg, jax.sharding.reshard(positions_T, P(tokens_axis)))
+    positions_T = sharding.striped(np.arange(tokens_BT.shape[1]), sharding.parts(tokens_axis))
+    cos, sin = jax.sharding.reshard(rope.tables(cfg, positions_T), P(tokens_axis, None))
     graphdef = _block(cfg)
     seen = None if documents_BT is None else attention.ranges(documents_BT)  # once for all layers
     attend = functools.partial(attention.attention, documents=seen, implementation=execution.attention)

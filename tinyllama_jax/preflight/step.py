@@ -22,7 +22,7 @@ from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.preflight import collectives
 from tinyllama_jax.preflight.targets import GIB, Target
 from tinyllama_jax.schedules import Plan
-from tinyllama_jax.sharding import BATCH, computing, make_mesh, replicated, token_sharding
+from tinyllama_jax.sharding import BATCH, computing, device, make_mesh, replicated, token_sharding
 from tinyllama_jax.train import state as train_state
 from tinyllama_jax.train import step as train_step
 
@@ -56,7 +56,7 @@ def compilable_attention(run: Run) -> tuple[Run, dict[str, str]]:
     asked, call = run.execution.attention, attention.Call.of(run)
     name, why = attention.choose(asked, call)
     if name == "cudnn":
-        obstacle = choice.obstacle("triton", call, *choice.device())
+        obstacle = choice.obstacle("triton", call, *device())
         name = "xla" if obstacle else "triton"
         why = f"cuDNN, which would run ({why}), cannot be compiled for without the device; " + (
             f"not triton: {obstacle}; so scores are counted that cuDNN would not hold"

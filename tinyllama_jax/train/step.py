@@ -11,12 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinyllama_jax import optim
-from tinyllama_jax.attention.choice import GPU, device
 from tinyllama_jax.config import Execution, Run
 from tinyllama_jax.data.pipeline import Batch
 from tinyllama_jax.loss import training_loss
 from tinyllama_jax.model import transformer
-from tinyllama_jax.sharding import row_share, striped, token_sharding
+from tinyllama_jax.sharding import CPU, GPU, device, row_share, striped, token_sharding
 from tinyllama_jax.train.state import State, keys
 
 
@@ -43,8 +42,14 @@ def compiler_options(execution: Execution) -> dict[str, Any] | None:
     execution.deterministic: XLA takes no kernel whose sums depend on the order of threads, for scatters (the gradient
     of the embedding), cuDNN's attention backward and reductions.  Unlike with xla_gpu_deterministic_ops it still
     measures which kernels are fastest, and keeps what it has found (programs.py).
+
+    On a CPU a product of matrices takes all cores.  Two of them at the same time, for which XLA orders the program
+    unless told otherwise, push each other's blocks out of the caches.
     """
-    if execution.deterministic and device()[0] == GPU:
+    platform, _ = device()
+    if platform == CPU:
+        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    if execution.deterministic and platform == GPU:
         return {"xla_gpu_exclude_nondeterministic_ops": True}
     return None
 
