@@ -133,7 +133,8 @@ proof-startup: $(VENV)/.run
 	@$(RUN) benchmarks/startup.py --out benchmarks/results/startup.jsonl
 
 proof-versus: $(VENV)/.full
-	@$(FULL) benchmarks/versus_torch.py --out benchmarks/results/versus_torch_cpu.jsonl
+	@$(FULL) benchmarks/versus_torch.py --experiment experiments.speed:cpu_best --rounds 3 --steps 10 --minimum 0.75 \
+		--out benchmarks/results/versus_torch_cpu.jsonl
 
 proof-soak: $(VENV)/.run
 	@$(RUN) tests/soak.py --minutes 60 --out benchmarks/results/proof_soak.json
