@@ -5,8 +5,10 @@
 
 end-to-end  a run is killed (-9) and started again, with real data, records and checkpoints, and no compiled programs at
             first.  `share` is its speed over that of the same step on random tokens (train_step.py), of steps that
-            neither compile nor follow a save; `saves_s` how long each save held the loop; `first_step_s` how long the
-            first step was waited for, and `restart_s` the same after the kill, reading the checkpoint included.
+            neither compile nor follow a save; `loop_ms` what reading, records and the loop itself add to such a step
+            (experiments.speed:host has next to nothing to compute); `saves_s` how long each save held the loop;
+            `first_step_s` how long the first step was waited for, and `restart_s` the same after the kill, reading the
+            checkpoint included.
 exact       a whole run beside one that was killed and continued: ok when every loss has the same bits.  A third run
             without execution.deterministic says what it costs (`cost`: its speed over the deterministic one's, less 1).
 
@@ -91,10 +93,13 @@ def end_to_end(experiment: str, settings: Sequence[str], kill_after: int, steps:
         raise RuntimeError(f"nothing to compare: {synthetic}, {len(speeds)} steady steps")
     starts, first = ([e for e in events if e["kind"] == kind] for kind in ("start", "first_step"))
     waits = [line["timing"]["data_wait_s"] for line in records(workdir, "metrics")]
+    tokens = run.curriculum[0].batch_tokens
+    with_loop, without = tokens / statistics.median(speeds), tokens / synthetic["tokens_per_s"]["median"]
     return {
         "tokens_per_s": spread(speeds),
         "synthetic_tokens_per_s": synthetic["tokens_per_s"],
-        "share": round(statistics.median(speeds) / synthetic["tokens_per_s"]["median"], 4),
+        "share": round(without / with_loop, 4),
+        "loop_ms": round(1000 * (with_loop - without), 3),
         "data_wait_s": spread(waits[1:]),
         "saves_s": spread([e["seconds"] for e in events if e["kind"] == "saved"]),
         "first_step_s": round(first[0]["seconds"], 2),

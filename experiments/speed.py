@@ -64,6 +64,20 @@ def cpu_best() -> list[Run]:
     return cpu()[:1]
 
 
+def host() -> Run:
+    """400 steps with next to nothing to compute: what is left is what the loop itself costs."""
+    tokens = 4 * 64
+    tiny = replace(CPU_MODEL, d_model=16, layers=1, heads=1, kv_heads=1, head_dim=16, d_ff=16)
+    return replace(
+        step("host", tiny, 4, Execution()),
+        data=Data(store="runs/speed-store", sequence_tokens=64, recipe=Recipe(sources=("python",), vocab_size=4096)),
+        curriculum=(Stage(name="main", tokens=400 * tokens, batch_tokens=tokens, mixture={"prose": 0.3, "code": 0.7}),),
+        lr=LearningRate(peak=1e-3, end=1e-4, warmup_tokens=8 * tokens),
+        checkpoint=Checkpoint(temporary_seconds=0, temporary_steps=100),
+        evaluation=Evaluation(sequences=4, batch_sequences=4),
+    )
+
+
 def _gpu(name: str, micro: int, *, accumulate: int = 1, **execution) -> Run:
     """TinyLlama-1.1B on one GPU: `accumulate` micro-batches of `micro` rows of 2048 tokens to a step."""
     how = {"remat": "save_dots_and_attention", "scan_layers": False} | execution

@@ -16,6 +16,7 @@ from tinyllama_jax.config import Model
 
 LARGEST_CONSTANT = 1 << 20  # values in a table of the program: 32k tokens of heads of 64 dimensions
 
+
 def inverse_frequencies(cfg: Model) -> tuple[np.ndarray, float]:
     """Angle per position of each rotated pair, float32 [rotated/2] in radians, and the factor on cos and sin.
 
