@@ -290,7 +290,7 @@ def test_a_policy_that_keeps_the_result_runs_the_forward_kernel_once(name, remat
     layers = 2
     cfg = Model(vocab_size=32, d_model=64, layers=layers, heads=2, kv_heads=1, head_dim=64, d_ff=64, context_tokens=128)
     target = ("tpu", "TPU v4") if name == "tpu" else ("gpu", "NVIDIA H200")
-    monkeypatch.setattr(choice, "device", lambda: target)
+    monkeypatch.setattr(sharding, "device", lambda: target)
     execution = Execution(attention=name, remat=remat, scan_layers=scan_layers)
     params = transformer.init(cfg, jax.random.key(0))
     tokens = jnp.zeros((1, 128), jnp.int32)

@@ -59,7 +59,7 @@ def test_cudnn_is_asked_for_causal_attention_with_its_own_heads(cudnn_is_here):
 
 
 def test_cudnn_runs_its_forward_once_where_the_policy_keeps_attention(cudnn_is_here, monkeypatch):
-    monkeypatch.setattr(attention.choice, "device", lambda: ("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(sharding, "device", lambda: ("gpu", "NVIDIA H200"))
     cfg = Model(vocab_size=32, d_model=64, layers=2, heads=2, kv_heads=1, head_dim=64, d_ff=64, context_tokens=128)
     params, tokens = transformer.init(cfg, jax.random.key(0)), jnp.zeros((1, 128), jnp.int32)
 
