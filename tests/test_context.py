@@ -167,6 +167,7 @@ def on_mesh(shape, f):
         return f(mesh, weights(mesh, quick().model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", READERS, ids=str)
 def test_generation_on_a_mesh_is_that_on_one_device(shape):
     def answers(mesh, params):

@@ -129,6 +129,7 @@ def test_real_runs_on_a_cpu(small_store, tmp_path):
                 done.returncode == 1 and line["share"] > 0 and line["first_step_s"] > line["first_step_compile_s"] > 0
             )
             assert len(line["failed"]) == 1 and "a restart took" in line["failed"][0]
+            assert line["loop_ms"] * (1 - line["share"]) >= 0  # both say which of the two was faster
 
 
 def test_the_claims_are_options(capsys):

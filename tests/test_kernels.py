@@ -145,6 +145,7 @@ def test_nothing_leaks_between_documents_or_from_the_future(name):
     np.testing.assert_array_equal(np.asarray(a.astype(F32)), np.asarray(b.astype(F32)))
 
 
+@pytest.mark.slow
 @kernels(but=("blocks",))  # which skips the future only
 def test_hidden_blocks_are_skipped_not_masked(name):
     """A NaN anywhere in a block that is visited spreads, masked or not; in one that is skipped it cannot."""
@@ -235,6 +236,7 @@ def test_delta_is_float32(monkeypatch):
     np.testing.assert_allclose(np.asarray(delta)[..., 0], want, atol=1e-5)
 
 
+@pytest.mark.slow
 @kernels()
 def test_two_runs_and_permuted_rows_are_equal_bit_for_bit(name):
     given = problem(3, 128, 4, 2, 64, DTYPES[name][0])

@@ -80,6 +80,7 @@ def test_every_mesh_trains_as_one_device(shape, masking):
     assert abs(curve[0, 0] - curve[2, 0]) > 1e-3  # the steps did something
 
 
+@pytest.mark.slow
 def test_dropout_falls_on_the_same_tokens():
     settings = dict(masking=True, dropout=0.2)
     want = trained((1, 1, 1, 1), 1, **settings)[1]
@@ -106,6 +107,7 @@ def test_optimizer_state_lies_as_the_weights():
     assert gate.addressable_shards[0].data.size == gate.size // 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [(1, 1, 1, 1), (1, 2, 1, 1), (1, 4, 1, 1), (1, 2, 1, 4), (1, 4, 1, 2), (1, 2, 4, 1), (2, 1, 2, 2)],

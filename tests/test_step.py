@@ -120,6 +120,7 @@ def test_the_batch_on_the_devices_is_the_host_batch(devices):
         assert value.addressable_shards[0].data.shape == (1, 8 // devices, run.data.sequence_tokens)
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_step_and_on_nothing_else():
     run = quick()
     run = replace(run, model=replace(run.model, dropout=0.2))
@@ -132,6 +133,7 @@ def test_dropout_depends_on_the_step_and_on_nothing_else():
     np.testing.assert_allclose(sharded, first, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_and_unrolled_layers_change_nothing():
     run = quick()
     batches = [batch_of(run, seed=seed) for seed in range(2)]

@@ -91,6 +91,7 @@ def test_every_mesh_has_the_same_loss_and_gradients(mesh, chunk, tied):
     assert_same(got, on_one_device(cfg))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dropout", "change"),
     [
