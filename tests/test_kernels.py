@@ -57,6 +57,7 @@ def same(a, b):
         np.testing.assert_array_equal(np.asarray(x.astype(F32)), np.asarray(y.astype(F32)), err_msg=what)
 
 
+@pytest.mark.slow
 @kernels()
 @pytest.mark.parametrize(("T", "H", "G", "K", "lengths"), GRID[1::2])
 def test_parity_in_bfloat16(name, T, H, G, K, lengths):
