@@ -15,6 +15,9 @@ import traceback
 from collections.abc import Sequence
 
 from tinyllama_jax import __version__, verbs
+from tinyllama_jax.cli_evaluate import add_evaluate
+from tinyllama_jax.cli_generate import add_generate
+from tinyllama_jax.cli_interop import add_interop
 from tinyllama_jax.cli_lab import FIT_STEPS, add_allocate, add_fit
 from tinyllama_jax.cli_launch import LAUNCH_STEPS, add_launch
 from tinyllama_jax.cli_measure import add_measure
@@ -186,68 +189,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--reference-batch-tokens", type=int, default=0, metavar="N", help="tokens in each of its steps")
     as_json(sub)
 
-    sub = verb(
-        "eval",
-        verbs.evaluate,
-        "loss and bits per byte per domain, on held-out text or on a corpus",
-        "tinyllama eval runs/demo --corpus notes=~/notes --json",
-    )
-    sub.add_argument("checkpoint", metavar="RUN|CKPT")
-    sub.add_argument(
-        "--corpus",
-        action="append",
-        default=[],
-        metavar="SOURCE",
-        help="text as for `prepare`, or a token store (its validation text); default: the run's own store",
-    )
-    sub.add_argument("--sequences", type=int, default=0, help="windows per domain (0 = all)")
-    sub.add_argument("--sequence-tokens", type=int, default=0, help="window length (0 = the run's)")
-    sub.add_argument("--baselines", action="store_true", help="also fit n-grams on the tokens that the run saw")
-    dtype(sub)
-    as_json(sub)
-
-    sub = verb(
-        "score",
-        verbs.score,
-        "negative log-likelihood, in nats, of every predicted token of given rows",
-        "tinyllama score runs/demo --tokens rows.npy --json",
-    )
-    sub.add_argument("checkpoint", metavar="CKPT")
-    sub.add_argument("--tokens", required=True, metavar="FILE.npy", help="int32 [batch, time]")
-    dtype(sub)
-    as_json(sub)
-
-    sub = verb(
-        "generate",
-        verbs.generate,
-        "continue prompts with a KV cache",
-        'tinyllama generate runs/demo --prompt "def main(" --max-new-tokens 64 --temperature 0.8 --top-p 0.95',
-    )
-    sub.add_argument("checkpoint", metavar="CKPT")
-    given = sub.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
-    given.add_argument("--tokens", metavar="FILE.npy", help="int32 [batch, time], used as they are")
-    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(128)")
-    sub.add_argument("--temperature", type=float, default=0.7, help="0 = greedy (0.7)")
-    sub.add_argument("--top-k", type=int, default=0, help="0 = off")
-    sub.add_argument("--top-p", type=float, default=1.0, help="1 = off")
-    sub.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    sub.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
-    dtype(sub)
-    as_json(sub)
-
-    sub = verb("import", verbs.import_, "make a checkpoint from another format", "tinyllama import hf DIR --out ckpt")
-    sub.add_argument("format", choices=("hf",), help="hf: Hugging Face safetensors and config.json")
-    sub.add_argument("source", metavar="DIR")
-    sub.add_argument("--out", required=True, metavar="CKPT")
-    as_json(sub)
-
-    sub = verb("export", verbs.export, "write a checkpoint in another format", "tinyllama export hf runs/demo --out hf")
-    sub.add_argument("format", choices=("hf",), help="hf: Hugging Face safetensors and config.json")
-    sub.add_argument("checkpoint", metavar="CKPT")
-    sub.add_argument("--out", required=True, metavar="DIR")
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(float32)")
-    as_json(sub)
+    add_evaluate(verb, as_json, dtype)
+    add_generate(verb, as_json, dtype)
+    add_interop(verb, as_json)
 
     sub = verb(
         "inspect",

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from tinyllama_jax import configio, verbs_data
-from tinyllama_jax.config import Mesh, Run
-from tinyllama_jax.errors import ConfigError, DataError, UsageError, UserError
+from tinyllama_jax.config import Run
+from tinyllama_jax.errors import ConfigError, UsageError
 from tinyllama_jax.terminal import Progress, answer, say
 
 
@@ -48,6 +48,7 @@ def train(args: argparse.Namespace) -> None:
 def demo(args: argparse.Namespace) -> None:
     from tinyllama_jax.evaluate.measure import measure
     from tinyllama_jax.lab.report import write_report
+    from tinyllama_jax.verbs_evaluate import table
 
     started, workdir = time.monotonic(), Path(args.workdir)
     args.allow_config_change, args.coordinator, args.processes, args.process = False, "", 1, -1
@@ -58,7 +59,7 @@ def demo(args: argparse.Namespace) -> None:
     value |= {"report": str(page), "minutes": minutes}
     script = Path(sys.executable).with_name("tinyllama")  # as it can be typed here, environment active or not
     program = os.path.relpath(script) if script.exists() else "tinyllama"
-    lines = _table(value)
+    lines = table(value)
     last = value["step"]
     for sample in map(json.loads, (workdir / "samples.jsonl").read_text().splitlines()):
         if sample["step"] == last:
@@ -72,58 +73,6 @@ def demo(args: argparse.Namespace) -> None:
         f"  {program} export hf {workdir} --out {workdir}/hf",
     ]
     answer(args, value, lines)
-
-
-def import_(args: argparse.Namespace) -> None:
-    from tinyllama_jax.interop.hf import read_hf
-
-    out, source = Path(args.out), Path(args.source)
-    if out.exists():
-        raise ConfigError(f"{out} exists already; name another --out")
-    model, params = read_hf(source)
-    from tinyllama_jax.train.checkpoint import save_params
-
-    files = [source / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")]
-    meta = {
-        "step": 0,
-        "tokens": 0,
-        "name": source.resolve().name,
-        "model": configio.to_dict(model),
-        "document_marks": "bos",  # Llama's tokenizers put BOS before a text
-        "imported_from": {"format": "hf", "source": str(source)},
-    }
-    save_params(out, params, meta, tokenizer_files=[f for f in files if f.is_file()])
-    value = {"checkpoint": str(out), "parameters": _count(params)}
-    answer(args, value, [f"{out}: {value['parameters']:,} parameters"])
-
-
-def export(args: argparse.Namespace) -> None:
-    _resolve(args.checkpoint)
-    from tinyllama_jax.generate.load import load
-    from tinyllama_jax.interop.hf import write_hf
-    from tinyllama_jax.sharding import computing, make_mesh
-
-    mesh = make_mesh(Mesh())
-    with computing(mesh, "float32"):
-        loaded = load(args.checkpoint, mesh)
-        folder = loaded.path / "tokenizer"
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        write_hf(loaded.params, loaded.model, Path(args.out), dtype=args.dtype, tokenizer_files=files)
-    value = {"directory": args.out, "parameters": _count(loaded.params)}
-    answer(args, value, [f"{args.out}: {value['parameters']:,} parameters in {args.dtype}, from {loaded.path}"])
-
-
-def _resolve(checkpoint: str) -> Path:
-    """The directory of a checkpoint; raises CheckpointError, before jax is imported, when there is none."""
-    from tinyllama_jax.train import saved
-
-    return saved.resolve(checkpoint)
-
-
-def _count(params) -> int:
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -159,132 +108,6 @@ def report(args: argparse.Namespace) -> None:
     compared = against(run, curves)
     value = {"report": str(page)} | ({"references": [each.as_json() for each in compared]} if compared else {})
     answer(args, value, [str(page), *(line for each in compared for line in each.lines())])
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    _resolve(args.checkpoint)
-    from tinyllama_jax.evaluate.measure import measure
-
-    value = measure(
-        args.checkpoint,
-        corpus=args.corpus,
-        sequences=args.sequences,
-        sequence_tokens=args.sequence_tokens,
-        baselines=args.baselines,
-        dtype=args.dtype,
-    )
-    answer(args, value, _table(value))
-
-
-def _table(value: dict) -> list[str]:
-    lines = [f"{value['checkpoint']}: step {value['step']}, {value['tokens']:,} tokens"]
-    lines.append(f"  {'domain':<14}{'nats/token':>12}{'bits/byte':>12}{'tokens':>12}")
-    for domain, d in value["domains"].items():
-        lines.append(f"  {domain:<14}{d['loss']:>12.4f}{d['bits_per_byte']:>12.4f}{d['tokens']:>12,}")
-    if "baselines" in value:
-        lines.append(f"n-grams fitted on the {value['baselines']['fitted_on_tokens']:,} tokens that the run saw:")
-        lines.append(f"  {'domain':<14}{'model':>12}{'bigram':>12}{'unigram':>12}   nats/token")
-        for domain, b in value["baselines"]["domains"].items():
-            losses = [b[kind]["loss"] for kind in ("model", "bigram", "unigram")]
-            verdict = "below both" if losses[0] < min(losses[1:]) else "NOT below both"
-            lines.append(f"  {domain:<14}" + "".join(f"{x:>12.4f}" for x in losses) + f"   {verdict}")
-    return lines
-
-
-def _load_rows(path: str):
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"--tokens {path}: not a readable .npy file ({str(error).splitlines()[0]})") from error
-
-
-def score(args: argparse.Namespace) -> None:
-    _resolve(args.checkpoint)
-    rows = _load_rows(args.tokens)
-    from tinyllama_jax.config import Execution
-    from tinyllama_jax.generate import score as scoring
-    from tinyllama_jax.generate.load import load
-    from tinyllama_jax.sharding import computing, make_mesh
-
-    mesh = make_mesh(Mesh())
-    with computing(mesh, args.dtype):
-        loaded = load(args.checkpoint, mesh, dtype=args.dtype)
-        nll_BT = scoring.score(loaded.params, loaded.model, Execution(), mesh, rows)
-    value = {"nll": nll_BT.tolist(), "mean_nll": float(nll_BT.mean(dtype="float64"))}
-    per_row = [f"row {i}: {row.mean():.4f}" for i, row in enumerate(nll_BT)]
-    answer(args, value, [*per_row, f"mean: {value['mean_nll']:.6f} nats per token over {nll_BT.size} tokens"])
-
-
-def generate(args: argparse.Namespace) -> None:
-    _resolve(args.checkpoint)
-    rows = None if args.tokens is None else _load_rows(args.tokens)
-    if rows is not None and (rows.ndim != 2 or rows.dtype.kind not in "iu"):
-        raise DataError(f"--tokens {args.tokens}: must be integers [batch, time], not {rows.dtype} {list(rows.shape)}")
-    from tinyllama_jax.config import Execution
-    from tinyllama_jax.generate import sample
-    from tinyllama_jax.generate.load import load, prompt_tokens
-    from tinyllama_jax.sharding import computing, make_mesh
-
-    mesh = make_mesh(Mesh())
-    with computing(mesh, args.dtype):
-        loaded = load(args.checkpoint, mesh, dtype=args.dtype)
-        try:
-            tokenizer = loaded.tokenizer()
-        except UserError:
-            if rows is None:
-                raise
-            tokenizer = None  # ids in, ids out
-        if rows is None:
-            prompts = [prompt_tokens(tokenizer, loaded.marks, text) for text in args.prompt]
-        else:
-            prompts = rows.tolist()
-        stream = None
-        if not args.json and len(prompts) == 1 and tokenizer is not None:
-            stream = _Stream(tokenizer, prompts[0])
-        answers = sample.generate(
-            loaded.params,
-            loaded.model,
-            Execution(),
-            prompts,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            eos_id=tokenizer.eos_id if tokenizer and not args.ignore_eos else None,
-            on_tokens=stream,
-        )
-    # Decoded behind the prompt: a continuation decoded alone loses the space that it may begin with.
-    texts = [
-        tokenizer.decode(prompt + ids).removeprefix(tokenizer.decode(prompt)) if tokenizer else None
-        for prompt, ids in zip(prompts, answers, strict=True)
-    ]
-    if args.json:
-        print(json.dumps({"tokens": answers, "text": texts, "prompt_tokens": prompts}))
-    elif stream is not None:
-        print()
-    else:
-        shown = args.prompt if rows is None else [""] * len(prompts)
-        for i, row in enumerate(answers):
-            print(f"[{i}] {shown[i]}{texts[i]}" if tokenizer else f"[{i}] {row}")
-
-
-class _Stream:
-    """Prints a prompt and what follows as it grows; waits while a character's bytes are incomplete."""
-
-    def __init__(self, tokenizer, prompt: list[int]):
-        self.tokenizer, self.ids, self.printed = tokenizer, list(prompt), 0
-
-    def __call__(self, emitted: list[int | None]) -> None:
-        if emitted[0] is None:
-            return
-        self.ids.append(emitted[0])
-        text = self.tokenizer.decode(self.ids)
-        if not text.endswith("\ufffd"):
-            print(text[self.printed :], end="", flush=True)
-            self.printed = len(text)
 
 
 def preflight(args: argparse.Namespace) -> None:
