@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import config, sharding
 from tinyllama_jax.config import Execution, Model, Rope, replace
@@ -227,53 +226,3 @@ def test_bf16_compute_on_float32_weights(mesh):
 def test_tied_head_is_the_transposed_table(mesh):
     cfg = replace(CFG, tied_embeddings=True)
     assert np.array_equal(transformer.head_kernel(weights(cfg), cfg), weights(cfg)["embed"]["embedding"].T)
-
-
-def decode(cfg, execution=None):
-    return jax.jit(lambda p, t, cache, at: transformer.decode(p, t, cfg, execution or Execution(), cache, at))
-
-
-@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
-def test_cached_logits_are_the_uncached_ones(mesh, rope):
-    cfg = replace(CFG, rope=rope)
-    want, step = logits(TOKENS, cfg), decode(cfg)
-    cache = transformer.init_cache(cfg, B, T + 3)
-    at = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    got, cache = step(weights(cfg), TOKENS[:, :6], cache, at[:, :6])
-    np.testing.assert_allclose(got, want[:, :6], atol=2e-5)
-    for t in range(6, T):
-        got, cache = step(weights(cfg), TOKENS[:, t : t + 1], cache, at[:, t : t + 1])
-        np.testing.assert_allclose(got[:, 0], want[:, t], atol=2e-5)
-
-
-@pytest.mark.parametrize("mesh_cfg", [None, config.Mesh(replica=2)], ids=["1x1", "2x4"])
-def test_prompts_of_different_lengths_decode_as_if_alone(mesh_cfg):
-    mesh = one_device() if mesh_cfg is None else sharding.make_mesh(mesh_cfg)
-    lengths = np.array([3, 6, 1, 5, 2, 6, 4, 3])
-    with jax.set_mesh(mesh):
-        put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
-        params = jax.device_put(weights(CFG), sharding.param_shardings(weights(CFG), mesh))
-        want = logits(put(TOKENS), params=params)
-        step = decode(CFG)
-        prompts = np.where(np.arange(6) < lengths[:, None], TOKENS[:, :6], 7)
-        at = np.broadcast_to(np.arange(6, dtype=np.int32), (B, 6))
-        cache = transformer.init_cache(CFG, B, 10, sharding.BATCH)
-        got, cache = step(params, put(prompts), cache, put(at))
-        rows = np.arange(B)
-        np.testing.assert_allclose(np.asarray(got)[rows, lengths - 1], want[rows, lengths - 1], atol=2e-5)
-        for _ in range(3):
-            got, cache = step(
-                params, put(TOKENS[rows, lengths][:, None]), cache, put(lengths[:, None].astype(np.int32))
-            )
-            np.testing.assert_allclose(np.asarray(got)[:, 0], want[rows, lengths], atol=2e-5)
-            lengths = lengths + 1
-        assert cache["k"].sharding.spec == P(None, sharding.BATCH, None, None, None)
-
-
-def test_a_position_past_the_cache_is_not_written(mesh):
-    cache = transformer.init_cache(CFG, B, 4)
-    assert {leaf.shape for leaf in cache.values()} == {(2, B, 4, 2, 8)}
-    at = np.broadcast_to(np.array([0, 4], np.int32), (B, 2))
-    _, cache = decode(CFG)(weights(CFG), TOKENS[:, :2], cache, at)
-    written = np.abs(np.asarray(cache["k"])).max(axis=(0, 1, 3, 4))
-    assert written[0] > 0 and not written[1:].any()

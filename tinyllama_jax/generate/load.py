@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tinyllama_jax import programs
+from tinyllama_jax import config, programs
 from tinyllama_jax.config import Model, replace
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.errors import CheckpointError
-from tinyllama_jax.model import transformer
-from tinyllama_jax.sharding import param_shardings
+from tinyllama_jax.model import quantized, transformer
+from tinyllama_jax.sharding import make_mesh, param_shardings
 from tinyllama_jax.train import checkpoint, saved
 
 
@@ -61,3 +61,20 @@ def load(text: str, mesh: Mesh, *, dtype: str = "float32") -> Loaded:
         param_shardings(shapes, mesh),
     )
     return Loaded(path, model, checkpoint.load(path, {"params": target})["params"], meta)
+
+
+def serving_mesh(text: str) -> Mesh:
+    """All devices as a mesh to generate on: heads, MLP and vocabulary over as many of them as divide them all, weights
+    copied to the rest; a weight that must be gathered for every token would be most of its time."""
+    model, devices = saved.model_of(saved.read_meta(saved.resolve(text))), jax.device_count()
+    # Groups of int4's scales stay on one device.
+    split = (model.heads, model.kv_heads, model.d_ff, model.d_ff // quantized.GROUP, model.vocab_size)
+    tensor = max(n for n in range(1, devices + 1) if devices % n == 0 and not any(size % n for size in split))
+    return make_mesh(config.Mesh(replica=-1, data=1, tensor=tensor))
+
+
+def load_serving(text: str, mesh: Mesh, *, dtype: str, weights: str = "dtype") -> Loaded:
+    """As `load`, with parameters as generation reads them: in `dtype`, or layers and head in int8 or int4."""
+    loaded = load(text, mesh, dtype=dtype)
+    params = jax.jit(quantized.serving, static_argnums=(1, 2), donate_argnums=0)(loaded.params, loaded.model, weights)
+    return replace(loaded, params=params)

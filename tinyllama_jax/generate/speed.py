@@ -1,7 +1,7 @@
 """How fast a model generates, and what its key/value cache takes.
 
-Timed are the compiled functions that `generate` calls, prefill and one step; the weights are kept in the compute
-dtype, which is what a server would do.  What is predicted does not matter, so any context can be timed, a longer one
+Timed are the functions that the engine compiles, prefill and one step; the weights are kept in the compute dtype, which
+is what a server would do.  What is predicted does not matter, so any context can be timed, a longer one
 than that of training too.  Numbers of one machine, one batch and one context: compare them with each other only.
 """
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinyllama_jax.config import Execution, Model
-from tinyllama_jax.generate import sample
+from tinyllama_jax.model import cached, quantized
 
 PREFILLS, STEPS = 5, 20  # timed, after one that compiles and warms up
 
@@ -40,7 +40,7 @@ def measure(params: Any, model: Model, pairs: Sequence[str]) -> dict[str, dict[s
     tokens, its own among them.  prefill_tokens_per_s: rows x context over the median time of a prefill.  cache_bytes:
     of the arrays that make up the cache.  Runs under the mesh in context.
     """
-    params = jax.tree.map(lambda weight: weight.astype(model.compute_dtype), params)
+    params = jax.jit(quantized.serving, static_argnums=1)(params, model)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for rows, context in map(pair, pairs):
         found.setdefault(f"b{rows}", {})[f"c{context}"] = _measure(params, model, rows, context)
@@ -48,20 +48,22 @@ def measure(params: Any, model: Model, pairs: Sequence[str]) -> dict[str, dict[s
 
 
 def _measure(params: Any, model: Model, rows: int, context: int) -> dict[str, float]:
-    prefill, step = sample.functions(model, Execution(), context, 0.0, 0, 1.0)
     draw = np.random.default_rng(0)
     tokens_BT = jnp.asarray(draw.integers(0, model.vocab_size, (rows, context)), jnp.int32)
-    length_B, key = jnp.full(rows, context, jnp.int32), jax.random.key(0)
+    at_B1 = jnp.full((rows, 1), context - 1, jnp.int32)
+    prefill = jax.jit(lambda p, tokens_BT, last_B: _greedy(cached.prefill(p, tokens_BT, model, Execution(), last_B)))
+    step = jax.jit(
+        lambda p, token_B, cache: _greedy(cached.decode(p, token_B[:, None], model, cache, at_B1)), donate_argnums=2
+    )
     state: dict[str, Any] = {}
 
     def fill() -> None:
         state.clear()  # no two caches at a time
-        state["token"], state["cache"] = jax.block_until_ready(prefill(params, tokens_BT, length_B, key))
+        state["token"], state["cache"] = jax.block_until_ready(prefill(params, tokens_BT, at_B1[:, 0]))
 
     def one() -> None:
         # Always the last slot anew, so that every step sees as much.
-        token, cache = step(params, state["token"], length_B - 1, state["cache"], key, jnp.int32(1))
-        state["token"], state["cache"] = jax.block_until_ready((token, cache))
+        state["token"], state["cache"] = jax.block_until_ready(step(params, state["token"], state["cache"]))
 
     prefill_s = _median_seconds(fill, PREFILLS)
     step_s = _median_seconds(one, STEPS)
@@ -70,6 +72,11 @@ def _measure(params: Any, model: Model, rows: int, context: int) -> dict[str, fl
         "prefill_tokens_per_s": rows * context / prefill_s,
         "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state["cache"])),
     }
+
+
+def _greedy(logits_and_cache: tuple[jax.Array, cached.Cache]) -> tuple[jax.Array, cached.Cache]:
+    logits, cache = logits_and_cache
+    return jnp.argmax(logits.reshape(logits.shape[0], -1), axis=-1).astype(jnp.int32), cache
 
 
 def _median_seconds(call: Callable[[], None], times: int) -> float:

@@ -34,7 +34,6 @@ from tinyllama_jax.model.init import initializers
 from tinyllama_jax.model.layers import Block, dropout, rms_norm, whole
 
 Params = dict[str, Any]
-Cache = dict[str, jax.Array]  # {"k", "v"}: [L, B, S, G, K]
 
 
 def init(cfg: Model, key: jax.Array) -> Params:
@@ -58,7 +57,7 @@ def working(params: Params, cfg: Model, execution: Execution) -> Params:
     compute dtype, cast once for all micro-batches and both passes; unrolled layers are a tuple of dicts, not stacked.
 
     The gradients by such matrices are of that dtype: a product's result is rounded to it, as it is when each use casts.
-    Embedding and head stay float32, for their gradients are sums in float32 (`_embed`, loss.py), and so do norm scales.
+    Embedding and head stay float32, for their gradients are sums in float32 (`embed`, loss.py), and so do norm scales.
     Where layers are unrolled, a gradient by the stacked array would be a sum of as many whole arrays, all but one layer
     of each zero.
     """
@@ -79,12 +78,14 @@ def stacked(of_working: Params) -> Params:
 
 
 @functools.cache
-def _block(cfg: Model) -> nnx.GraphDef:
+def block(cfg: Model) -> nnx.GraphDef:
+    """What a layer is without its weights."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0))))
     return graphdef
 
 
-def _embed(params: Params, tokens_BT: jax.Array, cfg: Model) -> jax.Array:
+def embed(params: Params, tokens_BT: jax.Array, cfg: Model) -> jax.Array:
+    """Rows of the table, [B, T, D] in the compute dtype."""
     # The table is read in float32 and only the rows are cast: the gradients of a frequent token's many occurrences
     # are then summed in float32.
     # `tensor` does not split it here: a lookup in a part would end in a sum of activations over `tensor`.
@@ -142,7 +143,7 @@ def hidden(
     tokens_axis = sharding.token_axis(tokens_BT)
     positions_T = sharding.striped(np.arange(tokens_BT.shape[1]), sharding.parts(tokens_axis))
     cos, sin = jax.sharding.reshard(rope.tables(cfg, positions_T), P(tokens_axis, None))
-    graphdef = _block(cfg)
+    graphdef = block(cfg)
     seen = None if documents_BT is None else attention.ranges(documents_BT)  # once for all layers
     attend = functools.partial(attention.attention, documents=seen, implementation=execution.attention)
     if cfg.dropout == 0:
@@ -155,7 +156,7 @@ def hidden(
 
     # A loop's body cannot be merged with its own recomputation; unrolled layers can, which would undo the policy.
     body = _remat(body, execution.remat, prevent_cse=not execution.scan_layers)
-    x_BTD = _embed(params, tokens_BT, cfg)
+    x_BTD = embed(params, tokens_BT, cfg)
     if dropout_key is not None:
         x_BTD = dropout(x_BTD, cfg.dropout, jax.random.fold_in(dropout_key, cfg.layers))
     if execution.scan_layers:
@@ -173,7 +174,8 @@ def head_kernel(params: Params, cfg: Model) -> jax.Array:
     return params["embed"]["embedding"].T if cfg.tied_embeddings else params["head"]["kernel"]
 
 
-def _project(params: Params, x_BTD: jax.Array, cfg: Model) -> jax.Array:
+def project(params: Params, x_BTD: jax.Array, cfg: Model) -> jax.Array:
+    """Logits float32 [B, T, V] of hidden states."""
     w_DV = whole(head_kernel(params, cfg), x_BTD.dtype)
     logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, w_DV, preferred_element_type=jnp.float32)
     return jax.sharding.reshard(logits_BTV, P(*jax.typeof(x_BTD).sharding.spec[:2], None))
@@ -188,68 +190,4 @@ def logits(
     documents_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Next-token logits, float32 [B, T, V].  Training uses `loss.cross_entropy`, which never holds them all."""
-    return _project(params, hidden(params, tokens_BT, cfg, execution, documents_BT=documents_BT), cfg)
-
-
-def _cache_spec(rows: sharding.BatchAxes) -> P:
-    """How a cache lies: heads over `tensor`, as the layers make them, and slots whole, for one token reads them all."""
-    return P(None, rows, None, sharding.TENSOR if sharding.parts(sharding.TENSOR) > 1 else None, None)
-
-
-def init_cache(cfg: Model, batch: int, slots: int, batch_axes: sharding.BatchAxes = None) -> Cache:
-    """An empty key/value cache for `batch` rows of at most `slots` positions, in the compute dtype.
-
-    batch_axes: the mesh axes over which the tokens' rows lie: `sharding.batch_axes(tokens_BT)`.
-    """
-    shape = (cfg.layers, batch, slots, cfg.kv_heads, cfg.head_dim)
-    spec = _cache_spec(batch_axes)
-    return {name: jnp.zeros(shape, cfg.compute_dtype, out_sharding=spec) for name in ("k", "v")}
-
-
-def decode(
-    params: Params,
-    tokens_BT: jax.Array,
-    cfg: Model,
-    execution: Execution,
-    cache: Cache,
-    positions_BT: jax.Array,
-) -> tuple[jax.Array, Cache]:
-    """Logits float32 [B, T, V] of T more tokens per row, and the cache with them in it.
-
-    A token at position p is written to slot p and sees slots 0 .. p, so each row's earlier positions must have
-    been written; rows may be of different lengths.  Prefill is T > 1 on an empty cache, generation T = 1.  Prompts
-    of different lengths are aligned left: the padding's slots are overwritten before any real token sees them.
-    A position past the last slot is not written (padding may use it); the caller sees to it that real ones fit.
-    """
-    rows = sharding.batch_axes(tokens_BT)
-    positions_BT = jax.sharding.reshard(positions_BT, P(rows, None))
-    spec = _cache_spec(rows)
-    cache = jax.sharding.reshard(cache, spec)
-    cos, sin = rope.tables(cfg, positions_BT)
-    graphdef = _block(cfg)
-    write = jax.vmap(lambda slots_SGK, positions_T, new_TGK: slots_SGK.at[positions_T].set(new_TGK, mode="drop"))
-    of_layer = P(*spec[1:])
-    write = jax.shard_map(write, in_specs=(of_layer, P(rows, None), of_layer), out_specs=of_layer, check_vma=False)
-
-    def body(x_BTD, layer_and_cache):
-        layer, cache_l = layer_and_cache
-        updated = {}
-
-        def attend(q_BTHK, k_BTGK, v_BTGK):
-            updated["k"] = write(cache_l["k"], positions_BT, k_BTGK.astype(cache_l["k"].dtype))
-            updated["v"] = write(cache_l["v"], positions_BT, v_BTGK.astype(cache_l["v"].dtype))
-            return attention.attention(
-                q_BTHK,
-                updated["k"].astype(q_BTHK.dtype),
-                updated["v"].astype(q_BTHK.dtype),
-                q_positions_BT=positions_BT,
-                # The kernels are for whole sequences; a step of decoding reads a cache.
-                implementation="xla" if execution.attention == "xla" else "reference",
-            )
-
-        x_BTD = nnx.merge(graphdef, layer)(x_BTD, cos, sin, attend)
-        return x_BTD, updated
-
-    x_BTD, cache = jax.lax.scan(body, _embed(params, tokens_BT, cfg), (params["layers"], cache))
-    x_BTD = rms_norm(x_BTD, params["norm"]["scale"], cfg.norm_eps)
-    return _project(params, x_BTD, cfg), cache
+    return project(params, hidden(params, tokens_BT, cfg, execution, documents_BT=documents_BT), cfg)
