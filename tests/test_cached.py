@@ -1,4 +1,4 @@
-"""Prefill and cached decoding give the logits of the whole forward pass; weights in few bits stand for what they say."""
+"""Prefill and cached decoding give the logits of the whole forward pass; few bits stand for what they say."""
 
 import functools
 

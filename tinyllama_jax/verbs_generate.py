@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
-from tinyllama_jax.config import Mesh
 from tinyllama_jax.errors import DataError, UserError
 from tinyllama_jax.train import saved
 
@@ -24,14 +25,15 @@ def generate(args: argparse.Namespace) -> None:
     rows = None if args.tokens is None else load_rows(args.tokens)
     if rows is not None and (rows.ndim != 2 or rows.dtype.kind not in "iu"):
         raise DataError(f"--tokens {args.tokens}: must be integers [batch, time], not {rows.dtype} {list(rows.shape)}")
+    shown = read_prompts(args.prompt_file) if args.prompt_file else args.prompt
     from tinyllama_jax.config import Execution
     from tinyllama_jax.generate import sample
-    from tinyllama_jax.generate.load import load, prompt_tokens
-    from tinyllama_jax.sharding import computing, make_mesh
+    from tinyllama_jax.generate.load import load_serving, prompt_tokens, serving_mesh
+    from tinyllama_jax.sharding import computing
 
-    mesh = make_mesh(Mesh())
+    mesh = serving_mesh(args.checkpoint)
     with computing(mesh, args.dtype):
-        loaded = load(args.checkpoint, mesh, dtype=args.dtype)
+        loaded = load_serving(args.checkpoint, mesh, dtype=args.dtype, weights=args.weights)
         try:
             tokenizer = loaded.tokenizer()
         except UserError:
@@ -39,12 +41,11 @@ def generate(args: argparse.Namespace) -> None:
                 raise
             tokenizer = None  # ids in, ids out
         if rows is None:
-            prompts = [prompt_tokens(tokenizer, loaded.marks, text) for text in args.prompt]
+            prompts = [prompt_tokens(tokenizer, loaded.marks, text) for text in shown]
         else:
             prompts = rows.tolist()
-        stream = None
-        if not args.json and len(prompts) == 1 and tokenizer is not None:
-            stream = _Stream(tokenizer, prompts[0])
+            shown = [""] * len(prompts)
+        telling = _Telling(tokenizer, prompts, args.stop, aloud=not args.json and len(prompts) == 1)
         answers = sample.generate(
             loaded.params,
             loaded.model,
@@ -54,36 +55,72 @@ def generate(args: argparse.Namespace) -> None:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
             seed=args.seed,
             eos_id=tokenizer.eos_id if tokenizer and not args.ignore_eos else None,
-            on_tokens=stream,
+            slide=args.slide,
+            rows=args.rows,
+            on_tokens=telling,
         )
-    # Decoded behind the prompt: a continuation decoded alone loses the space that it may begin with.
-    texts = [
-        tokenizer.decode(prompt + ids).removeprefix(tokenizer.decode(prompt)) if tokenizer else None
-        for prompt, ids in zip(prompts, answers, strict=True)
-    ]
+    texts = telling.finish()
     if args.json:
         print(json.dumps({"tokens": answers, "text": texts, "prompt_tokens": prompts}))
-    elif stream is not None:
-        print()
-    else:
-        shown = args.prompt if rows is None else [""] * len(prompts)
+    elif not telling.aloud:
         for i, row in enumerate(answers):
             print(f"[{i}] {shown[i]}{texts[i]}" if tokenizer else f"[{i}] {row}")
 
 
-class _Stream:
-    """Prints a prompt and what follows as it grows; waits while a character's bytes are incomplete."""
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file: JSON lines with a field `prompt` where it is named .jsonl, else one a line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"--prompt-file {path}: no such file") from None
+    except UnicodeDecodeError:
+        raise DataError(f"--prompt-file {path}: not UTF-8 text") from None
+    if not path.endswith(".jsonl"):
+        prompts = [line for line in lines if line]
+    else:
+        prompts = []
+        for number, line in enumerate(lines, 1):
+            try:
+                prompts.append(json.loads(line)["prompt"])
+            except (ValueError, TypeError, KeyError):
+                raise DataError(f'--prompt-file {path}: line {number} is no object with a "prompt"') from None
+            if not isinstance(prompts[-1], str):
+                raise DataError(f"--prompt-file {path}: the prompt of line {number} is no text")
+    if not prompts:
+        raise DataError(f"--prompt-file {path}: holds no prompt")
+    return prompts
 
-    def __init__(self, tokenizer, prompt: list[int]):
-        self.tokenizer, self.ids, self.printed = tokenizer, list(prompt), 0
 
-    def __call__(self, emitted: list[int | None]) -> None:
-        if emitted[0] is None:
-            return
-        self.ids.append(emitted[0])
-        text = self.tokenizer.decode(self.ids)
-        if not text.endswith("\ufffd"):
-            print(text[self.printed :], end="", flush=True)
-            self.printed = len(text)
+class _Telling:
+    """The texts of the rows; printed while it grows where there is one.  Ends a row at a stop string."""
+
+    def __init__(self, tokenizer, prompts: Sequence[list[int]], stop: Sequence[str], *, aloud: bool):
+        from tinyllama_jax.generate.text import Text
+
+        self.texts = [Text(tokenizer, prompt, stop) for prompt in prompts] if tokenizer else None
+        self.parts: list[list[str]] = [[] for _ in prompts]
+        self.aloud = aloud and tokenizer is not None
+
+    def __call__(self, row: int, tokens: list[int]) -> bool:
+        if self.texts is None:
+            return False
+        self._tell(row, self.texts[row].add(tokens))
+        return self.texts[row].stopped
+
+    def _tell(self, row: int, text: str) -> None:
+        self.parts[row].append(text)
+        if self.aloud:
+            print(text, end="", flush=True)
+
+    def finish(self) -> list[str] | list[None]:
+        if self.texts is None:
+            return [None] * len(self.parts)
+        for row, text in enumerate(self.texts):
+            self._tell(row, text.finish())
+        if self.aloud:
+            print()
+        return ["".join(parts) for parts in self.parts]

@@ -1,7 +1,7 @@
 """The model behind a cache of keys and values: a prompt at once, then a few tokens of each row at a time.
 
-The cache is a tuple over the layers of {"k", "v"}, each [B, G, S, K].  Arrays apart are written in place where one would
-be copied through a loop over layers, so layers are unrolled.  With the slots of a head in one piece, scores
+The cache is a tuple over the layers of {"k", "v"}, each [B, G, S, K].  Arrays apart are written in place where one
+array would be copied through a loop over layers, so layers are unrolled.  With the slots of a head in one piece, scores
 and weighted sums are products without a transpose: twice as fast on a CPU.
 
 Parameters are those of transformer.py, or what `quantized.serving` makes of them.
