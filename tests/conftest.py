@@ -37,6 +37,15 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name == "test_parity.py" and not asked else None
 
 
+# Files that take a minute or more: begun first, so that no test process is left alone with one at the end.
+LONG = "versus_torch step mesh transformer h200 fit_repetition context kernels engine cached aot".split()
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))  # stable
+
+
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from the code as it is")
 

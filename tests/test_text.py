@@ -8,7 +8,7 @@ from tinyllama_jax.generate.text import Text
 
 @pytest.fixture(scope="module")
 def tokenizer(small_store):
-    return Tokenizer.load(small_store / "tokenizer")
+    return Tokenizer.load(small_store)
 
 
 WORDS = "def main(x):\n    return x + 1  # größer als 東京 🦙 and back\n\n  The end."
