@@ -50,7 +50,7 @@ def test_greedy_generation_with_a_cache_is_that_without(meshed):
 
 def test_sampling_depends_on_the_seed_and_not_on_the_other_rows(meshed):
     _, params = meshed
-    options = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "max_new_tokens": 12}
+    options = {"temperature": 1.0, "min_p": 0.001, "max_new_tokens": 12}
     one = generate(params, [[5, 6]], seed=3, **options)
     assert generate(params, [[5, 6], [7, 8, 9]], seed=3, **options)[0] == one[0]
     assert generate(params, [[5, 6]], seed=4, **options) != one

@@ -30,7 +30,7 @@ def test_bytes_that_are_no_character_come_at_the_end(tokenizer):
     broken = tokenizer.encode("🦙")[:-1]
     text = Text(tokenizer, [tokenizer.bos_id])
     assert text.add(tokenizer.encode("so")) == "so" and text.add(broken) == ""
-    assert text.finish().strip("\ufffd") == "" and text.finish() == ""
+    assert text.finish().strip("\ufffd") in ("", " ") and text.finish() == ""
 
 
 @pytest.mark.parametrize("stop", [["main"], ["zzz", "x):"], ["n(x):\n    ret"], ["ma", "main"], ["def"]])
