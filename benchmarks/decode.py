@@ -62,7 +62,7 @@ def ours(folder: Path, rows: int, context: int, new: int, dtype: str, kept: str)
     model, params = read_hf(folder)
     model = replace(model, compute_dtype=dtype)
     with computing(make_mesh(Mesh(), jax.devices()[:1]), dtype):
-        params = jax.jit(quantized.serving, static_argnums=(1, 2), donate_argnums=0)(params, model, kept)
+        params = jax.jit(quantized.serving, static_argnums=(1, 2))(params, model, kept)
         engine = Engine(params, model, Execution(), rows=rows, context_tokens=context)
         given = prompts(model, rows, context - new)
 

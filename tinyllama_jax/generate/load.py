@@ -76,5 +76,5 @@ def serving_mesh(text: str) -> Mesh:
 def load_serving(text: str, mesh: Mesh, *, dtype: str, weights: str = "dtype") -> Loaded:
     """As `load`, with parameters as generation reads them: in `dtype`, or layers and head in int8 or int4."""
     loaded = load(text, mesh, dtype=dtype)
-    params = jax.jit(quantized.serving, static_argnums=(1, 2), donate_argnums=0)(loaded.params, loaded.model, weights)
+    params = jax.jit(quantized.serving, static_argnums=(1, 2))(loaded.params, loaded.model, weights)
     return replace(loaded, params=params)
