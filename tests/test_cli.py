@@ -93,7 +93,7 @@ def test_the_list_of_options_is_meant():
             + ["--tokens", "--top-k", "--top-p"]
         ),
         "import": sorted([*common, "--out"]),
-        "export": sorted([*common, "--dtype", "--out"]),
+        "export": sorted([*common, "--dtype", "--out", "--shard-size"]),
         "inspect": sorted([*common, *settings, "--samples", "--seed", "--sequence-tokens", "--verify"]),
     }
 

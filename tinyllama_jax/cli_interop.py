@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from tinyllama_jax import verbs_interop
+from tinyllama_jax.interop import formats
 
 
 def add_interop(verb, as_json) -> None:
     sub = verb(
         "import", verbs_interop.import_, "make a checkpoint from another format", "tinyllama import hf DIR --out ckpt"
     )
-    sub.add_argument("format", choices=("hf",), help="hf: Hugging Face safetensors and config.json")
-    sub.add_argument("source", metavar="DIR")
+    sub.add_argument("format", choices=formats.readable(), help=_described(formats.readable()))
+    sub.add_argument("source", metavar="PATH", help="the folder of the foreign model, or its file")
     sub.add_argument("--out", required=True, metavar="CKPT")
     as_json(sub)
 
     sub = verb(
         "export", verbs_interop.export, "write a checkpoint in another format", "tinyllama export hf runs/demo --out hf"
     )
-    sub.add_argument("format", choices=("hf",), help="hf: Hugging Face safetensors and config.json")
+    sub.add_argument("format", choices=formats.writable(), help=_described(formats.writable()))
     sub.add_argument("checkpoint", metavar="CKPT")
     sub.add_argument("--out", required=True, metavar="DIR")
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(float32)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (float32)")
+    sub.add_argument("--shard-size", metavar="N", help="hf: begin another weight file above it, such as 2GB (5GB)")
     as_json(sub)
+
+
+def _described(names: list[str]) -> str:
+    return "; ".join(f"{name}: {formats.FORMATS[name].what}" for name in names)

@@ -7,19 +7,25 @@ from pathlib import Path
 
 from tinyllama_jax import configio
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.terminal import answer
+from tinyllama_jax.interop import formats
+from tinyllama_jax.terminal import answer, say
 from tinyllama_jax.train import saved
+
+# Options of the two verbs that belong to some formats: None where not given.
+READ_OPTIONS: tuple[str, ...] = ()
+WRITE_OPTIONS = ("dtype", "shard_size")
 
 
 def import_(args: argparse.Namespace) -> None:
-    from tinyllama_jax.interop import formats
-
     out, source = Path(args.out), Path(args.source)
+    options = formats.chosen(args.format, "reads", {name: getattr(args, name) for name in READ_OPTIONS})
     if out.exists():
         raise ConfigError(f"{out} exists already; name another --out")
-    with formats.reading(args.format, source) as found:
+    with formats.reading(args.format, source, **options) as found:
         from tinyllama_jax.train.checkpoint import save_params
 
+        for note in found.notes:
+            say(note)
         meta = {
             "step": 0,
             "tokens": 0,
@@ -34,18 +40,19 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    options = formats.chosen(args.format, "writes", {name: getattr(args, name) for name in WRITE_OPTIONS})
     saved.resolve(args.checkpoint)  # before jax is imported
     from tinyllama_jax.config import Mesh
     from tinyllama_jax.generate.load import load
-    from tinyllama_jax.interop import formats
     from tinyllama_jax.sharding import computing, make_mesh
 
     mesh = make_mesh(Mesh())
     with computing(mesh, "float32"):
         loaded = load(args.checkpoint, mesh)
-        formats.write(args.format, loaded, Path(args.out), dtype=args.dtype)
-    value = {"directory": args.out, "parameters": _count(loaded.params)}
-    answer(args, value, [f"{args.out}: {value['parameters']:,} parameters in {args.dtype}, from {loaded.path}"])
+        more = formats.write(args.format, loaded, Path(args.out), **options)
+    value = {"directory": args.out, "parameters": _count(loaded.params)} | more
+    dtype = options.get("dtype", "float32")
+    answer(args, value, [f"{args.out}: {value['parameters']:,} parameters in {dtype}, from {loaded.path}"])
 
 
 def _count(params) -> int:

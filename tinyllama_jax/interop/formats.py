@@ -1,14 +1,19 @@
-"""The formats of other programs by name, each as a way in and a way out."""
+"""The formats of other programs by name, each as a way in and a way out.
+
+A format is one row of FORMATS: two functions below, and the options of `import` and `export` that they take.
+Nothing heavy is imported here before a function is called, for `--help` lists the rows.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama_jax.config import Model
+from tinyllama_jax.errors import UsageError
 
 if TYPE_CHECKING:  # it imports jax, which no refusal waits for
     from tinyllama_jax.generate.load import Loaded
@@ -22,27 +27,91 @@ class Found:
     params: Any
     tokenizer_files: tuple[Path, ...] = ()
     marks: str = "bos"  # Llama's tokenizers put BOS before a text
+    notes: tuple[str, ...] = ()  # lines for the user: what was left out or assumed
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    read(source, **options): a context manager that gives `Found`; files that are made for it live as long as that.
+    write(loaded, out, **options): writes at `out`, which must be new, and returns what the answer says besides.
+    reads, writes: names of the options that they take; all have defaults.
+    """
+
+    what: str
+    read: Callable[..., contextlib.AbstractContextManager[Found]] | None = None
+    write: Callable[..., dict[str, Any]] | None = None
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ("dtype",)
 
 
 @contextlib.contextmanager
-def reading(name: str, source: Path) -> Iterator[Found]:
-    """The model at `source`; files that are made for it live as long as the context.
-
-    Raises DataError for what is not a whole model of that format, ConfigError for one that `Model` cannot represent.
-    """
+def _read_hf(source: Path) -> Iterator[Found]:
     from tinyllama_jax.interop import hf
 
-    assert name == "hf", name
     model, params = hf.read_hf(source)
     files = [source / file for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")]
     yield Found(model, params, tuple(file for file in files if file.is_file()))
 
 
-def write(name: str, loaded: Loaded, out: Path, *, dtype: str) -> None:
-    """Write a checkpoint's weights and tokenizer at `out`, which must be new.  Raises ConfigError and DataError."""
+def _write_hf(loaded: Loaded, out: Path, *, dtype: str = "float32", shard_size: str = "5G") -> dict[str, Any]:
     from tinyllama_jax.interop import hf
+    from tinyllama_jax.verbs_data import count
 
-    assert name == "hf", name
+    files, bytes_ = _tokenizer_files(loaded), count(shard_size.upper().removesuffix("B"))
+    hf.write_hf(loaded.params, loaded.model, out, dtype=dtype, tokenizer_files=files, shard_bytes=bytes_)
+    return {}
+
+
+def _tokenizer_files(loaded: Loaded) -> list[Path]:
     folder = loaded.path / "tokenizer"
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    hf.write_hf(loaded.params, loaded.model, out, dtype=dtype, tokenizer_files=files)
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+FORMATS: dict[str, Format] = {
+    "hf": Format(
+        "Hugging Face safetensors and config.json", read=_read_hf, write=_write_hf, writes=("dtype", "shard_size")
+    ),
+}
+
+
+def readable() -> list[str]:
+    return [name for name, format in FORMATS.items() if format.read]
+
+
+def writable() -> list[str]:
+    return [name for name, format in FORMATS.items() if format.write]
+
+
+def chosen(name: str, direction: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given (not None), for a format that takes them; direction: `reads` or `writes`.
+
+    Raises UsageError for an option that this format has no use for: none is ignored.
+    """
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in getattr(FORMATS[name], direction):
+            takers = ", ".join(other for other, format in FORMATS.items() if option in getattr(format, direction))
+            raise UsageError(f"--{option.replace('_', '-')} is an option of the format {takers}; {name} has none such")
+    return given
+
+
+def reading(name: str, source: Path, **options: Any) -> contextlib.AbstractContextManager[Found]:
+    """The model at `source`; files that are made for it live as long as the context.
+
+    Raises DataError for what is not a whole model of that format, ConfigError for one that `Model` cannot represent.
+    """
+    read = FORMATS[name].read
+    assert read, name
+    return read(source, **options)
+
+
+def write(name: str, loaded: Loaded, out: Path, **options: Any) -> dict[str, Any]:
+    """Write a checkpoint's weights and tokenizer at `out`, which must be new.  Raises ConfigError and DataError.
+
+    Returns what the answer to the user says besides.
+    """
+    writer = FORMATS[name].write
+    assert writer, name
+    return writer(loaded, out, **options)
