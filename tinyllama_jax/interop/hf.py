@@ -11,10 +11,7 @@ heads flattened, and layers apart.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,9 @@ from tinyllama_jax.config import Model
 from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.interop import hf_tokenizer, tensor_files
 from tinyllama_jax.interop.hf_config import model_from_hf, model_to_hf
-from tinyllama_jax.interop.tensor_files import Shape, Stored, read_json, write_json
+from tinyllama_jax.interop.json_files import read_json, shown, write_json
+from tinyllama_jax.interop.new_folder import new_folder, refuse_what_exists
+from tinyllama_jax.interop.tensor_files import Shape, Stored
 
 Params = dict[str, Any]
 TreePath = tuple[str, ...]
@@ -94,24 +93,46 @@ def read_hf(directory: str | Path) -> tuple[Model, Params]:
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory; give the folder that holds config.json and the weights")
     model = model_from_hf(read_json(directory / "config.json"), directory / "config.json")
-    stored, weights = tensor_files.scan(directory), _weights(model)
-    _check(stored, weights, model, directory)
+    stored = tensor_files.scan(directory)
+    _check(stored, model, directory)
+    return model, assemble(model, lambda name: tensor_files.read(stored[name]))
+
+
+def assemble(model: Model, read: Callable[[str], np.ndarray]) -> Params:
+    """The parameters, from a function that gives each tensor by Hugging Face's name, in its layout, of any float type.
+
+    One layer's tensor is asked for at a time; the shapes must be those of `hf_shapes`.
+    """
     params: Params = {}
-    for weight in weights:
+    for weight in _weights(model):
         array = np.empty(weight.stacked_shape(), np.float32)
         for layer, name in enumerate(weight.names()):
             # Cast and transposed while it is copied to its place: no float32 copy of a 16-bit tensor in between.
-            (array[layer] if weight.layers else array)[...] = weight.ours(tensor_files.read(stored[name]))
+            (array[layer] if weight.layers else array)[...] = weight.ours(read(name))
         node = params
         for key in weight.path[:-1]:
             node = node.setdefault(key, {})
         node[weight.path[-1]] = array
-    return model, params
+    return params
 
 
-def _check(stored: dict[str, Stored], weights: list[_Weight], model: Model, directory: Path) -> None:
+def hf_shapes(model: Model) -> dict[str, Shape]:
+    """Name -> shape of every tensor, in the order in which they are written."""
+    return {name: weight.hf_shape for weight in _weights(model) for name in weight.names()}
+
+
+def require_layers(model: Model, tensors: Collection[str], where: str | Path) -> None:
+    """Raises DataError when the configuration claims more layers than there are tensors, before names are made."""
+    if model.layers > len(tensors):
+        raise DataError(
+            f"{where}: its configuration claims {model.layers} layers, its files hold {len(tensors)} tensors"
+        )
+
+
+def _check(stored: dict[str, Stored], model: Model, directory: Path) -> None:
     """Raise DataError unless exactly the model's tensors are there, in the shapes that config.json gives them."""
-    expected = {name: weight.hf_shape for weight in weights for name in weight.names()}
+    require_layers(model, stored, directory)
+    expected = hf_shapes(model)
     for name, shape in expected.items():
         if name not in stored:
             raise DataError(f"{directory} lacks tensor {name} {list(shape)}, which its config.json asks for")
@@ -122,11 +143,16 @@ def _check(stored: dict[str, Stored], weights: list[_Weight], model: Model, dire
         if name.endswith("rotary_emb.inv_freq"):
             continue  # a buffer of old versions, computed from the config
         if name == "lm_head.weight" and model.tied_embeddings:
-            head, table = (tensor_files.read(stored[n]) for n in (name, "model.embed_tokens.weight"))
-            if head.shape == table.shape and head.tobytes() == table.tobytes():
+            pair = [stored[n] for n in (name, "model.embed_tokens.weight")]
+            if (
+                len({(s.shape, s.dtype) for s in pair}) == 1
+                and len({tensor_files.read(s).tobytes() for s in pair}) == 1
+            ):
                 continue
             raise DataError(f"{stored[name].file}: {name} differs from the embedding, but config.json ties the two")
-        raise DataError(f"{stored[name].file}: tensor {name} {list(stored[name].shape)} has no place in this model")
+        raise DataError(
+            f"{stored[name].file}: tensor {shown(name)} {list(stored[name].shape)} has no place in this model"
+        )
 
 
 # ---- here -> Hugging Face
@@ -173,22 +199,14 @@ def write_hf(
         raise ConfigError(f"export dtype is {dtype!r}; it must be one of {', '.join(tensor_files.NAMES)}")
     if shard_bytes <= 0:
         raise ConfigError(f"shard_bytes is {shard_bytes}; it must be positive")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists and is not empty; export into a new directory")
+    refuse_what_exists(directory)
     config = model_to_hf(model, dtype)
-    specs = [(name, weight.hf_shape) for weight in _weights(model) for name in weight.names()]
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with new_folder(directory) as unfinished:
         ids = hf_tokenizer.write(tokenizer_files, unfinished, model)
         # Without a tokenizer the ids are null: left out, transformers would assume 1 and 2.
         write_json(unfinished / "config.json", config | (ids or {"bos_token_id": None, "eos_token_id": None}))
         generation = {"_from_model_config": True, **ids, "max_length": model.context_tokens}
         write_json(unfinished / "generation_config.json", generation)
+        specs = list(hf_shapes(model).items())
         tensor_files.write(unfinished, specs, (t for _, t in hf_tensors(params, model)), dtype, shard_bytes)
-        unfinished.chmod(0o755)  # mkdtemp's are private
-        os.replace(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # gone under this name when all went well
     return directory

@@ -48,7 +48,8 @@ def model_from_hf(config: dict, where: Path | str) -> Model:
     """
     kind, classes = config.get("model_type", "llama"), config.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama" or classes != ["LlamaForCausalLM"]:
-        raise ConfigError(f"{where}: this is a {kind} model {classes}; only LlamaForCausalLM can be imported")
+        what = f"this is a {_short(kind)} model {_short(classes)}"
+        raise ConfigError(f"{where}: {what}; only LlamaForCausalLM can be imported")
     values = {field: _value(config, key, default, where) for field, key, default in FIELDS}
     d_model, heads = values["d_model"], values["heads"]
     if config.get("head_dim") is None and d_model % heads:
@@ -72,11 +73,13 @@ def _value(config: dict, key: str, default: Any, where: Path | str) -> Any:
             raise ConfigError(f"{where} has no {key}, which it needs; copy it again from its source")
         return default
     wanted = default if isinstance(default, type) else type(default)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not wanted:
         raise ConfigError(f"{where}: {key} is {_short(value)}; it must be of type {wanted.__name__}")
-    if wanted is int and value < 1:
+    if wanted is int and not 1 <= value < 2**31:
+        raise ConfigError(f"{where}: {key} is {_short(value)}; it must be positive, and below 2^31")
+    if wanted is float and not 0 <= value < math.inf:
         raise ConfigError(f"{where}: {key} is {value}; it must be positive")
     return value
 
@@ -93,12 +96,13 @@ def _rope_from_hf(config: dict, context_tokens: int, where: Path | str) -> Rope:
     theta = _value({**config, **rope}, "rope_theta", 10_000.0, where)
 
     def number(key: str, default: float | type = float) -> float:
-        return _value(rope, key, default, f"{where}: RoPE of kind {kind}")
+        return _value(rope, key, default, f"{where}: RoPE of kind {_short(kind)}")
 
     original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     fields: dict[str, Any] = {"kind": kind, "theta": theta}
     if kind in ("yarn", "llama3"):
-        fields["original_context_tokens"] = int(original or context_tokens)
+        key = "original_max_position_embeddings"
+        fields["original_context_tokens"] = _value({key: original or None}, key, context_tokens, where)
     if kind in ("linear", "llama3"):
         fields["factor"] = number("factor")
     if kind == "yarn":
@@ -111,7 +115,7 @@ def _rope_from_hf(config: dict, context_tokens: int, where: Path | str) -> Rope:
         fields |= {key: number(key) for key in ("low_freq_factor", "high_freq_factor")}
     elif kind not in ("default", "linear"):
         known = "default, linear, yarn, llama3"
-        raise ConfigError(f"{where}: rope_type {kind!r} cannot be represented; {known} can")
+        raise ConfigError(f"{where}: rope_type {_short(kind)} cannot be represented; {known} can")
     return Rope(**fields)
 
 
@@ -122,7 +126,7 @@ def _yarn_attention_factor(rope: dict, factor: float, where: Path | str) -> floa
         if stated <= 0:
             raise ConfigError(f"{where}: attention_factor is {stated}; it must be positive")
         return stated
-    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+    above, below = (_value(rope, key, 0.0, where) for key in ("mscale", "mscale_all_dim"))
     if not (above and below):
         return 0.0
     return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tinyllama_jax.config import Model
 from tinyllama_jax.data.tokenizer import JSON_CONFIG_FILE, JSON_FILE, MODEL_FILE, Tokenizer, write_tokenizer_json
 from tinyllama_jax.errors import ConfigError, DataError
-from tinyllama_jax.interop.tensor_files import read_json, write_json
+from tinyllama_jax.interop.json_files import read_json, write_json
 
 
 def write(files: Iterable[str | Path], directory: Path, model: Model) -> dict[str, int]:

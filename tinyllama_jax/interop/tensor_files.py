@@ -16,12 +16,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from tinyllama_jax.errors import ConfigError, DataError
+from tinyllama_jax.interop.json_files import parse, read_json, shown, write_json
 
+HEADER_LIMIT = 100_000_000  # bytes, as the format says
+MAX_DIMS = 32  # dimensions; NumPy has 64, a Llama 2
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -39,62 +43,82 @@ class Stored:
     start: int
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`.  Raises DataError when it is missing or not a JSON object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; a Hugging Face model directory holds one") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}); copy it again from its source") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds a JSON {type(value).__name__}, not an object; copy it again from its source")
-    return value
-
-
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of one file.  Raises DataError when the file is cut short, damaged or of an unknown dtype."""
+    """Every tensor of one file.
+
+    What the format's own reader demands is demanded here: a header of at most 100 MB, and tensors that fill the rest
+    of the file, back to back.  So what the header claims is never more than what the file holds.
+    Raises DataError when the file is cut short, damaged, of an unknown dtype or contradicts itself.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 raise DataError(f"{path} is truncated: {size} bytes do not hold its header; copy it again")
-            header = json.loads(file.read(length))
+            if length > HEADER_LIMIT:
+                raise DataError(f"{path} is not a safetensors file: a header of {length} bytes; {HEADER_LIMIT} is most")
+            header = parse(file.read(length))
         header.pop("__metadata__", None)
-        entries = []
-        for name, entry in header.items():
-            begin, end = map(int, entry["data_offsets"])
-            entries.append((name, entry["dtype"], tuple(map(int, entry["shape"])), begin, end))
+        entries = [_entry(name, entry) for name, entry in header.items()]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); a model directory needs it") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise DataError(f"{path} is not a safetensors file: its header is not readable; copy it again") from None
-    stored = {}
-    data = size - 8 - length
-    for name, dtype, shape, begin, end in entries:
+    except ValueError as error:
+        why = f"its header is not readable ({str(error).splitlines()[0][:120]})"
+        raise DataError(f"{path} is not a safetensors file: {why}; copy it again") from None
+    stored, at, data = {}, 0, size - 8 - length
+    for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
+        what = f"{path}: tensor {shown(name)} {shown(list(shape))}"
         if dtype not in DTYPES:
-            raise DataError(f"{path}: tensor {name} is {dtype}; only {', '.join(DTYPES)} can be imported")
-        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize or begin < 0:
-            raise DataError(f"{path}: tensor {name} {list(shape)} {dtype} has {end - begin} bytes; copy the file again")
+            raise DataError(f"{what} is {shown(dtype)}; only {', '.join(DTYPES)} can be imported")
+        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise DataError(f"{what} {dtype} has {end - begin} bytes; copy the file again")
         if end > data:
-            raise DataError(f"{path} is truncated: tensor {name} ends at byte {end} of {data}; copy the file again")
+            raise DataError(f"{path} is truncated: tensor {shown(name)} ends at byte {end} of {data}; copy it again")
+        if begin != at:
+            overlap = "overlaps the one before" if begin < at else "leaves a gap"
+            raise DataError(f"{what} begins at byte {begin}, not {at}: it {overlap}; copy the file again")
         stored[name] = Stored(path, dtype, shape, 8 + length + begin)
+        at = end
+    if at != data:
+        raise DataError(f"{path} has {data - at} bytes that belong to no tensor; copy it again")
     return stored
+
+
+def _entry(name: str, entry: Any) -> tuple[str, str, Shape, int, int]:
+    """(name, dtype, shape, begin, end) of one entry of a header, each of the right type and below 2^63.
+
+    Raises ValueError.
+    """
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or entry.keys() != keys:
+        raise ValueError(f"tensor {shown(name)} needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"tensor {shown(name)} has the dtype {shown(dtype)}")
+    for what, numbers, limit in (("shape", shape, MAX_DIMS), ("data_offsets", offsets, 2)):
+        if not isinstance(numbers, list) or len(numbers) > limit:
+            raise ValueError(f"tensor {shown(name)} has the {what} {shown(numbers)}")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):  # a bool is an int to isinstance
+            raise ValueError(f"tensor {shown(name)} has the {what} {shown(numbers)}")
+    if len(offsets) != 2:
+        raise ValueError(f"tensor {shown(name)} has the data_offsets {shown(offsets)}")
+    return name, dtype, tuple(shape), offsets[0], offsets[1]
 
 
 def scan(directory: Path) -> dict[str, Stored]:
     """Every tensor of a model directory, sharded or not, from the headers alone.  Raises DataError."""
     if (directory / INDEX).exists():
         files = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
+        if not isinstance(files, dict) or not all(map(_plain, files.values())):
             raise DataError(f"{directory / INDEX} has no usable weight_map; copy it again from its source")
         stored = {}
         for name in sorted(set(files.values())):
             stored |= read_header(directory / name)
         for tensor, name in files.items():
             if tensor not in stored or stored[tensor].file.name != name:
-                raise DataError(f"{directory / name} does not hold tensor {tensor}, which {INDEX} places there")
+                what = f"tensor {shown(tensor)}, which {INDEX} places there"
+                raise DataError(f"{directory / name} does not hold {what}")
         return stored
     if not (directory / SINGLE).exists():
         other = next((p.name for p in sorted(directory.glob("*.bin"))), None)
@@ -103,10 +127,21 @@ def scan(directory: Path) -> dict[str, Stored]:
     return read_header(directory / SINGLE)
 
 
+def _plain(name: Any) -> bool:
+    """Whether an index may name this file: one in its own folder, of this format."""
+    return isinstance(name, str) and Path(name).name == name and name.isprintable() and name.endswith(".safetensors")
+
+
 def read(stored: Stored) -> np.ndarray:
-    """The tensor in the dtype it is stored in; one copy in memory."""
+    """The tensor in the dtype it is stored in; one copy in memory.  Raises DataError when the file has shrunk."""
     dtype = DTYPES[stored.dtype]
-    raw = np.fromfile(stored.file, np.uint8, math.prod(stored.shape) * dtype.itemsize, offset=stored.start)
+    size = math.prod(stored.shape) * dtype.itemsize
+    try:
+        raw = np.fromfile(stored.file, np.uint8, size, offset=stored.start)
+    except OSError as error:
+        raise DataError(f"{stored.file} cannot be read ({error.strerror or error}); copy it again") from None
+    if len(raw) != size:
+        raise DataError(f"{stored.file} was cut short while it was read; copy it again")
     return raw.view(dtype).reshape(stored.shape)
 
 
@@ -158,16 +193,13 @@ def write(
 
 def _bytes_of(name: str, shape: Shape, tensor: np.ndarray, target: np.dtype) -> memoryview:
     assert tensor.shape == shape, (name, tensor.shape, shape)  # the header is already written
+    return memoryview(cast(name, tensor, target).reshape(-1).view(np.uint8))
+
+
+def cast(name: str, tensor: np.ndarray, target: np.dtype) -> np.ndarray:
+    """Contiguous, in `target`, rounded to nearest even.  Raises ConfigError when a finite value does not fit."""
     with np.errstate(over="ignore"):
         stored = np.ascontiguousarray(tensor, target)
     if target == np.float16 and np.any(np.isinf(stored) & np.isfinite(tensor)):
         raise ConfigError(f"{name} holds {np.abs(tensor).max():.3g}, too large for float16; export bfloat16 or float32")
-    return memoryview(stored.reshape(-1).view(np.uint8))
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write `value` and force it to disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    return stored
