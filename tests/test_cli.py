@@ -92,8 +92,8 @@ def test_the_list_of_options_is_meant():
             [*common, "--dtype", "--ignore-eos", "--max-new-tokens", "--prompt", "--seed", "--temperature"]
             + ["--tokens", "--top-k", "--top-p"]
         ),
-        "import": sorted([*common, "--out"]),
-        "export": sorted([*common, "--dtype", "--out", "--shard-size"]),
+        "import": sorted([*common, "--context-tokens", "--out"]),
+        "export": sorted([*common, "--dtype", "--layout", "--out", "--shard-size"]),
         "inspect": sorted([*common, *settings, "--samples", "--seed", "--sequence-tokens", "--verify"]),
     }
 

@@ -31,7 +31,8 @@ ONE_HOME = {
     "zstandard": {"data.readers", "programs"},
     "fsspec": {"data.storage", "launch.bucket"},
     "datasketch": {"data.duplicates"},
-    "yaml": {"launch.yaml_text"},
+    "yaml": {"launch.yaml_text", "interop.litgpt_config", "interop.model_card"},
+    "torch": {"interop.torch_files"},
     "datatrove": {"data.datatrove_adapter"},
     **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.adapters"}),
 }

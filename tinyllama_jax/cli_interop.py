@@ -13,6 +13,7 @@ def add_interop(verb, as_json) -> None:
     sub.add_argument("format", choices=formats.readable(), help=_described(formats.readable()))
     sub.add_argument("source", metavar="PATH", help="the folder of the foreign model, or its file")
     sub.add_argument("--out", required=True, metavar="CKPT")
+    sub.add_argument("--context-tokens", type=int, metavar="N", help="meta: of the model (2048), params.json has none")
     as_json(sub)
 
     sub = verb(
@@ -23,6 +24,7 @@ def add_interop(verb, as_json) -> None:
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (float32)")
     sub.add_argument("--shard-size", metavar="N", help="hf: begin another weight file above it, such as 2GB (5GB)")
+    sub.add_argument("--layout", choices=("tinyllama", "litgpt"), help="litgpt: the TinyLlama repository's (litgpt)")
     as_json(sub)
 
 

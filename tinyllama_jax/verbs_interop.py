@@ -12,8 +12,8 @@ from tinyllama_jax.terminal import answer, say
 from tinyllama_jax.train import saved
 
 # Options of the two verbs that belong to some formats: None where not given.
-READ_OPTIONS: tuple[str, ...] = ()
-WRITE_OPTIONS = ("dtype", "shard_size")
+READ_OPTIONS = ("context_tokens",)
+WRITE_OPTIONS = ("dtype", "shard_size", "layout")
 
 
 def import_(args: argparse.Namespace) -> None:

@@ -73,6 +73,11 @@ class Tokenizer:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
+    @property
+    def puts_bos_first(self) -> bool:
+        """Whether the file itself says that BOS goes before a text.  A SentencePiece model says nothing: False."""
+        return isinstance(self._backend, JsonBackend) and self._backend.puts_before() == [self.bos_id]
+
     def encode(self, text: str) -> list[int]:
         return self._ids(text).tolist()
 

@@ -83,6 +83,12 @@ class JsonBackend:
         # The fast one does not look for the places of the ids in the text.
         return np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
+    def puts_before(self) -> list[int]:
+        """The ids that its post-processor puts before a text."""
+        bare, whole = (self.tokenizer.encode("a", add_special_tokens=more).ids for more in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return whole[:at]
+
     def all_pieces(self) -> list[str]:
         return list(self.pieces.values())
 

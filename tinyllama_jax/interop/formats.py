@@ -48,11 +48,11 @@ class Format:
 
 @contextlib.contextmanager
 def _read_hf(source: Path) -> Iterator[Found]:
-    from tinyllama_jax.interop import hf
+    from tinyllama_jax.interop import hf, hf_tokenizer
 
     model, params = hf.read_hf(source)
-    files = [source / file for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")]
-    yield Found(model, params, tuple(file for file in files if file.is_file()))
+    files, marks, notes = hf_tokenizer.find(source)
+    yield Found(model, params, files, marks, (*hf.left_out(source), *notes))
 
 
 def _write_hf(loaded: Loaded, out: Path, *, dtype: str = "float32", shard_size: str = "5G") -> dict[str, Any]:
@@ -64,6 +64,39 @@ def _write_hf(loaded: Loaded, out: Path, *, dtype: str = "float32", shard_size: 
     return {}
 
 
+@contextlib.contextmanager
+def _read_litgpt(source: Path) -> Iterator[Found]:
+    from tinyllama_jax.interop import hf_tokenizer, litgpt
+
+    model, params, folder, notes = litgpt.read_litgpt(source)
+    files, marks, more = hf_tokenizer.find(folder)
+    yield Found(model, params, files, marks, (*notes, *more))
+
+
+def _write_litgpt(loaded: Loaded, out: Path, *, dtype: str = "float32", layout: str = "litgpt") -> dict[str, Any]:
+    from tinyllama_jax.interop import litgpt
+
+    files = _tokenizer_files(loaded)
+    litgpt.write_litgpt(loaded.params, loaded.model, out, layout=layout, dtype=dtype, files=files)
+    return {"layout": layout}
+
+
+@contextlib.contextmanager
+def _read_meta(source: Path, *, context_tokens: int | None = None) -> Iterator[Found]:
+    from tinyllama_jax.interop import hf_tokenizer, meta
+
+    model, params, notes = meta.read_meta(source, context_tokens)
+    files, marks, more = hf_tokenizer.find(source)
+    yield Found(model, params, files, marks, (*notes, *more))
+
+
+def _write_meta(loaded: Loaded, out: Path, *, dtype: str = "float32") -> dict[str, Any]:
+    from tinyllama_jax.interop import meta
+
+    meta.write_meta(loaded.params, loaded.model, out, dtype=dtype, files=_tokenizer_files(loaded))
+    return {}
+
+
 def _tokenizer_files(loaded: Loaded) -> list[Path]:
     folder = loaded.path / "tokenizer"
     return sorted(folder.iterdir()) if folder.is_dir() else []
@@ -72,6 +105,15 @@ def _tokenizer_files(loaded: Loaded) -> list[Path]:
 FORMATS: dict[str, Format] = {
     "hf": Format(
         "Hugging Face safetensors and config.json", read=_read_hf, write=_write_hf, writes=("dtype", "shard_size")
+    ),
+    "litgpt": Format(
+        "lit-gpt's lit_model.pth, of the TinyLlama repository or of today's litgpt",
+        read=_read_litgpt,
+        write=_write_litgpt,
+        writes=("dtype", "layout"),
+    ),
+    "meta": Format(
+        "Meta's consolidated.00.pth and params.json", read=_read_meta, write=_write_meta, reads=("context_tokens",)
     ),
 }
 

@@ -98,6 +98,12 @@ def read_hf(directory: str | Path) -> tuple[Model, Params]:
     return model, assemble(model, lambda name: tensor_files.read(stored[name]))
 
 
+def left_out(directory: Path) -> list[str]:
+    """Lines that say what an import does not use: `auto_map` names Python files of the folder, which are never run."""
+    auto_map = read_json(directory / "config.json").get("auto_map")
+    return [f"{directory / 'config.json'} names code of its own (auto_map), which is not run"] if auto_map else []
+
+
 def assemble(model: Model, read: Callable[[str], np.ndarray]) -> Params:
     """The parameters, from a function that gives each tensor by Hugging Face's name, in its layout, of any float type.
 
@@ -163,6 +169,14 @@ def hf_tensors(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]
 
     Raises ConfigError when `params` does not have the shapes of `model`.
     """
+    read = hf_reader(params, model)
+    for name in hf_shapes(model):
+        yield name, read(name)
+
+
+def hf_reader(params: Params, model: Model) -> Callable[[str], np.ndarray]:
+    """The inverse of `assemble`: a function that gives one tensor by name.  Raises ConfigError as `hf_tensors` does."""
+    places: dict[str, tuple[_Weight, Any, int]] = {}
     for weight in _weights(model):
         leaf: Any = params
         for key in weight.path:
@@ -172,8 +186,13 @@ def hf_tensors(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]
             raise ConfigError(
                 f"parameter {'.'.join(weight.path)} is {found}; this model makes it {list(weight.stacked_shape())}"
             )
-        for layer, name in enumerate(weight.names()):
-            yield name, weight.theirs(np.asarray(leaf[layer] if weight.layers else leaf))
+        places |= {name: (weight, leaf, layer) for layer, name in enumerate(weight.names())}
+
+    def read(name: str) -> np.ndarray:
+        weight, leaf, layer = places[name]
+        return weight.theirs(np.asarray(leaf[layer] if weight.layers else leaf))
+
+    return read
 
 
 def write_hf(
@@ -188,7 +207,8 @@ def write_hf(
     """Write a directory that transformers, and what builds on it, loads as LlamaForCausalLM.
 
     dtype: float32 (bit for bit), bfloat16 or float16, rounded to nearest even.
-    tokenizer_files: tokenizer.model, tokenizer.json or both, copied under these names with what AutoTokenizer needs.
+    tokenizer_files: tokenizer.model, tokenizer.json or both, copied under these names with what AutoTokenizer needs;
+    and what goes with them, such as a chat template.
     shard_bytes: size of a weight file above which the next is begun.
     The directory appears under its name when it is complete; peak memory is one tensor beside `params`.
     Raises ConfigError when the directory holds something, the model has no equivalent among Hugging Face's Llamas,
@@ -205,8 +225,9 @@ def write_hf(
         ids = hf_tokenizer.write(tokenizer_files, unfinished, model)
         # Without a tokenizer the ids are null: left out, transformers would assume 1 and 2.
         write_json(unfinished / "config.json", config | (ids or {"bos_token_id": None, "eos_token_id": None}))
-        generation = {"_from_model_config": True, **ids, "max_length": model.context_tokens}
-        write_json(unfinished / "generation_config.json", generation)
+        if not (unfinished / "generation_config.json").exists():  # a foreign model's own is among the tokenizer's files
+            generation = {"_from_model_config": True, **ids, "max_length": model.context_tokens}
+            write_json(unfinished / "generation_config.json", generation)
         specs = list(hf_shapes(model).items())
         tensor_files.write(unfinished, specs, (t for _, t in hf_tensors(params, model)), dtype, shard_bytes)
     return directory

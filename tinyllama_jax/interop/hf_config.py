@@ -48,24 +48,24 @@ def model_from_hf(config: dict, where: Path | str) -> Model:
     """
     kind, classes = config.get("model_type", "llama"), config.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama" or classes != ["LlamaForCausalLM"]:
-        what = f"this is a {_short(kind)} model {_short(classes)}"
+        what = f"this is a {short(kind)} model {short(classes)}"
         raise ConfigError(f"{where}: {what}; only LlamaForCausalLM can be imported")
-    values = {field: _value(config, key, default, where) for field, key, default in FIELDS}
+    values = {field: value_of(config, key, default, where) for field, key, default in FIELDS}
     d_model, heads = values["d_model"], values["heads"]
     if config.get("head_dim") is None and d_model % heads:
         raise ConfigError(f"{where}: hidden_size={d_model} is no multiple of num_attention_heads={heads}; set head_dim")
-    values["kv_heads"] = _value(config, "num_key_value_heads", heads, where)
-    values["head_dim"] = _value(config, "head_dim", d_model // heads, where)
+    values["kv_heads"] = value_of(config, "num_key_value_heads", heads, where)
+    values["head_dim"] = value_of(config, "head_dim", d_model // heads, where)
     for key, inert in INERT.items():
         if config.get(key) not in inert:
-            raise ConfigError(f"{where}: {key}={_short(config[key])} cannot be represented; only {inert[0]} can")
+            raise ConfigError(f"{where}: {key}={short(config[key])} cannot be represented; only {inert[0]} can")
     try:
         return Model(**values, rope=_rope_from_hf(config, values["context_tokens"], where))
     except ConfigError as error:
         raise error if str(where) in str(error) else ConfigError(f"{where}: {error}") from None
 
 
-def _value(config: dict, key: str, default: Any, where: Path | str) -> Any:
+def value_of(config: dict, key: str, default: Any, where: Path | str) -> Any:
     """config[key] of the type of `default`; an absent or null key means `default`, and is an error without one."""
     value = config.get(key)
     if value is None:
@@ -76,9 +76,9 @@ def _value(config: dict, key: str, default: Any, where: Path | str) -> Any:
     if wanted is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not wanted:
-        raise ConfigError(f"{where}: {key} is {_short(value)}; it must be of type {wanted.__name__}")
+        raise ConfigError(f"{where}: {key} is {short(value)}; it must be of type {wanted.__name__}")
     if wanted is int and not 1 <= value < 2**31:
-        raise ConfigError(f"{where}: {key} is {_short(value)}; it must be positive, and below 2^31")
+        raise ConfigError(f"{where}: {key} is {short(value)}; it must be positive, and below 2^31")
     if wanted is float and not 0 <= value < math.inf:
         raise ConfigError(f"{where}: {key} is {value}; it must be positive")
     return value
@@ -87,22 +87,22 @@ def _value(config: dict, key: str, default: Any, where: Path | str) -> Any:
 def _rope_from_hf(config: dict, context_tokens: int, where: Path | str) -> Rope:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ConfigError(f"{where}: rope_scaling is {_short(rope)}; it must be an object")
+        raise ConfigError(f"{where}: rope_scaling is {short(rope)}; it must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError(f"{where}: RoPE differs between layers; only one for all layers can be represented")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"{where}: partial_rotary_factor is not 1; transformers' Llama does not apply it either")
-    theta = _value({**config, **rope}, "rope_theta", 10_000.0, where)
+    theta = value_of({**config, **rope}, "rope_theta", 10_000.0, where)
 
     def number(key: str, default: float | type = float) -> float:
-        return _value(rope, key, default, f"{where}: RoPE of kind {_short(kind)}")
+        return value_of(rope, key, default, f"{where}: RoPE of kind {short(kind)}")
 
     original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     fields: dict[str, Any] = {"kind": kind, "theta": theta}
     if kind in ("yarn", "llama3"):
         key = "original_max_position_embeddings"
-        fields["original_context_tokens"] = _value({key: original or None}, key, context_tokens, where)
+        fields["original_context_tokens"] = value_of({key: original or None}, key, context_tokens, where)
     if kind in ("linear", "llama3"):
         fields["factor"] = number("factor")
     if kind == "yarn":
@@ -115,18 +115,18 @@ def _rope_from_hf(config: dict, context_tokens: int, where: Path | str) -> Rope:
         fields |= {key: number(key) for key in ("low_freq_factor", "high_freq_factor")}
     elif kind not in ("default", "linear"):
         known = "default, linear, yarn, llama3"
-        raise ConfigError(f"{where}: rope_type {_short(kind)} cannot be represented; {known} can")
+        raise ConfigError(f"{where}: rope_type {short(kind)} cannot be represented; {known} can")
     return Rope(**fields)
 
 
 def _yarn_attention_factor(rope: dict, factor: float, where: Path | str) -> float:
     """0 (the formula's default), the stated factor, or the quotient of DeepSeek's two `mscale` fields."""
     if rope.get("attention_factor") is not None:
-        stated = _value(rope, "attention_factor", 1.0, where)
+        stated = value_of(rope, "attention_factor", 1.0, where)
         if stated <= 0:
             raise ConfigError(f"{where}: attention_factor is {stated}; it must be positive")
         return stated
-    above, below = (_value(rope, key, 0.0, where) for key in ("mscale", "mscale_all_dim"))
+    above, below = (value_of(rope, key, 0.0, where) for key in ("mscale", "mscale_all_dim"))
     if not (above and below):
         return 0.0
     return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
@@ -184,6 +184,6 @@ def _scaling_to_hf(rope: Rope) -> dict | None:
     return scaling
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -15,12 +15,37 @@ from tinyllama_jax.data.tokenizer import JSON_CONFIG_FILE, JSON_FILE, MODEL_FILE
 from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.interop.json_files import read_json, write_json
 
+# Files beside a vocabulary that say how to use it; nothing here reads them, but they must not be lost.
+KEPT = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+
+
+def find(folder: Path) -> tuple[tuple[Path, ...], str, tuple[str, ...]]:
+    """(files, document marks, lines for the user) of the tokenizer in a foreign model's folder.
+
+    Marks are `bos` where that model's own tokenizer puts BOS before a text, else `none`, so that a prompt has the ids
+    that the model was trained on.  Transformers goes by the post-processor in tokenizer.json; where there is only a
+    SentencePiece model, by add_bos_token, which is true unless it is given.
+    A vocabulary that cannot be used here is left out, and a line says so.
+    """
+    files = [folder / name for name in (MODEL_FILE, JSON_FILE, JSON_CONFIG_FILE, *KEPT)]
+    files = [file for file in files if file.is_file()]
+    vocabularies = [file for file in files if file.name in (MODEL_FILE, JSON_FILE)]
+    if not vocabularies:
+        return (), "bos", (f"{folder} holds no tokenizer: the checkpoint takes token ids only",)
+    try:
+        tokenizers = [Tokenizer.load(file) for file in vocabularies]
+        config = read_json(folder / JSON_CONFIG_FILE) if (folder / JSON_CONFIG_FILE) in files else {}
+    except DataError as error:
+        return (), "bos", (f"the tokenizer is left out: {error}",)
+    adds = tokenizers[-1].puts_bos_first if vocabularies[-1].name == JSON_FILE else config.get("add_bos_token", True)
+    return tuple(files), "bos" if adds else "none", ()
+
 
 def write(files: Iterable[str | Path], directory: Path, model: Model) -> dict[str, int]:
     """Write a tokenizer into `directory`; returns its `bos_token_id` and `eos_token_id`, nothing without files.
 
-    files: a SentencePiece model, a tokenizer.json or both of the same vocabulary, and perhaps a
-    tokenizer_config.json, whose other settings (a chat template, say) are kept.
+    files: a SentencePiece model, a tokenizer.json or both of the same vocabulary, perhaps a tokenizer_config.json,
+    whose other settings (a chat template, say) are kept, and those of KEPT, which are copied.
     Raises DataError for files that are no such tokenizer, ConfigError when it has more ids than the model.
     """
     files = [Path(file) for file in files]
@@ -42,13 +67,14 @@ def write(files: Iterable[str | Path], directory: Path, model: Model) -> dict[st
         fast = read_json(directory / JSON_FILE)
         write_json(directory / JSON_FILE, fast | {"post_processor": _begin_with(tokenizer.bos_id, _texts(fast))})
     texts = _texts(read_json(directory / JSON_FILE))
+    adds_bos = Tokenizer.load(directory / JSON_FILE).puts_bos_first
     kept = read_json(directory / JSON_CONFIG_FILE) if JSON_CONFIG_FILE in given else {}
     settings = {
         "bos_token": texts.get(tokenizer.bos_id),
         "eos_token": texts.get(tokenizer.eos_id),
         "unk_token": "<unk>" if "<unk>" in texts.values() else None,
         "model_max_length": model.context_tokens,
-        "add_bos_token": True,
+        "add_bos_token": adds_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     }
@@ -58,8 +84,8 @@ def write(files: Iterable[str | Path], directory: Path, model: Model) -> dict[st
 
 
 def _standard_name(file: Path) -> str:
-    if file.name == JSON_CONFIG_FILE:
-        return JSON_CONFIG_FILE
+    if file.name in (JSON_CONFIG_FILE, *KEPT):
+        return file.name
     return JSON_FILE if file.suffix == ".json" else MODEL_FILE
 
 
