@@ -110,7 +110,7 @@ def model_from_params(config: dict[str, Any], shapes: Mapping[str, Shape], conte
     rope = Rope(theta=number("rope_theta", 10_000.0))
     if config.get("use_scaled_rope"):
         factor, high = number("rope_scaling_factor", 8.0), number("rope_high_freq_factor", 4.0)
-        rope = Rope("llama3", rope.theta, factor=factor, high_freq_factor=high, original_context_tokens=8192)
+        rope = Rope(kind="llama3", theta=rope.theta, factor=factor, high_freq_factor=high, original_context_tokens=8192)
     try:
         return Model(
             vocab_size=vocab_size,
@@ -131,7 +131,7 @@ def model_from_params(config: dict[str, Any], shapes: Mapping[str, Shape], conte
 def params_for(model: Model) -> dict[str, Any]:
     """params.json for `model`.  Raises ConfigError for what Meta's code does not compute."""
     rope = model.rope
-    scaled = Rope("llama3", rope.theta, factor=8.0, original_context_tokens=8192)
+    scaled = Rope(kind="llama3", theta=rope.theta, factor=8.0, original_context_tokens=8192)
     if rope.kind != "default" and rope != scaled:
         raise ConfigError(
             f"model.rope.kind={rope.kind} cannot be exported as meta: it has default RoPE and Llama 3.1's"
