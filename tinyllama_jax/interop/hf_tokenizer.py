@@ -33,8 +33,8 @@ def find(folder: Path) -> tuple[tuple[Path, ...], str, tuple[str, ...]]:
     if not vocabularies:
         return (), "bos", (f"{folder} holds no tokenizer: the checkpoint takes token ids only",)
     try:
-        tokenizers = [Tokenizer.load(file) for file in vocabularies]
         config = read_json(folder / JSON_CONFIG_FILE) if (folder / JSON_CONFIG_FILE) in files else {}
+        tokenizers = [Tokenizer.load(file) for file in vocabularies]
     except DataError as error:
         return (), "bos", (f"the tokenizer is left out: {error}",)
     adds = tokenizers[-1].puts_bos_first if vocabularies[-1].name == JSON_FILE else config.get("add_bos_token", True)
