@@ -93,7 +93,7 @@ def test_the_list_of_options_is_meant():
             + ["--tokens", "--top-k", "--top-p"]
         ),
         "import": sorted([*common, "--context-tokens", "--out"]),
-        "export": sorted([*common, "--dtype", "--layout", "--out", "--shard-size"]),
+        "export": sorted([*common, "--dtype", "--language", "--layout", "--license", "--out", "--shard-size"]),
         "inspect": sorted([*common, *settings, "--samples", "--seed", "--sequence-tokens", "--verify"]),
     }
 

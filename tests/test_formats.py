@@ -26,7 +26,7 @@ def foreign(tmp_path_factory):
     """A folder with a model and a byte-level tokenizer that puts no BOS first."""
     folder = tmp_path_factory.mktemp("foreign") / "model"
     hf.write_hf(random_params(MODEL), MODEL, folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, auto_map={"AutoTokenizer": ["run_me.Tokenizer", None]})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "run_me.Model"}}))
     (folder / "run_me.py").write_text("raise SystemExit('this must not run')")
@@ -39,7 +39,11 @@ def test_a_foreign_model_and_its_tokenizer_come_out_as_they_went_in(foreign, tmp
     meta = json.loads((tmp_path / "ckpt/meta.json").read_text())
     assert meta["document_marks"] == "none"
     command = ["export", "hf", tmp_path / "ckpt", "--out", tmp_path / "out", "--shard-size", "20KB", "--json"]
-    assert ended(capsys, *command)[0] == 0
+    status, said, _ = ended(capsys, *command)
+    use = json.loads(said)["use"]
+    assert status == 0 and use["vllm"] == f"vllm serve {tmp_path}/out --max-model-len 64 --dtype float32"
+    assert use["transformers"].count("\n") == 1 and compile(use["transformers"], "lines", "exec")
+    assert "How they were trained is not recorded" in (tmp_path / "out/README.md").read_text()
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
     model, params = hf.read_hf(tmp_path / "out")
     assert model == MODEL
@@ -49,6 +53,7 @@ def test_a_foreign_model_and_its_tokenizer_come_out_as_they_went_in(foreign, tmp
     settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert (settings["chat_template"], settings["add_bos_token"]) == (CHAT, False)
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == GENERATION
+    assert "auto_map" not in settings
     ids = json.loads((tmp_path / "out/config.json").read_text())
     assert (ids["bos_token_id"], ids["eos_token_id"]) == (1, 2)
     assert not list((tmp_path / "out").glob("*.py")) and "auto_map" not in ids

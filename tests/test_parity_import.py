@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import pytest
 from foreign_models import CHAT, GENERATION, TEXTS, write_tokenizer
+from test_hf import assert_same_bits, random_params
 
 from tinyllama_jax import config, sharding
 from tinyllama_jax.cli import main
-from tinyllama_jax.config import Execution
+from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe
 from tinyllama_jax.generate import sample
 from tinyllama_jax.generate.load import load, prompt_tokens
-from tinyllama_jax.interop import hf_tokenizer
+from tinyllama_jax.interop import hf, hf_tokenizer
 from tinyllama_jax.model import transformer
 
 pytestmark = pytest.mark.parity
@@ -111,6 +112,26 @@ def test_imported_used_and_exported_as_it_was(size, tmp_path, capsys):
     for text in (*TEXTS, "<|im_start|>user"):
         assert kept(text).input_ids == reference(text).input_ids, text
     assert (kept.bos_token_id, kept.eos_token_id, kept.pad_token_id) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("words", [["meta"], ["litgpt"], ["litgpt", "--layout", "tinyllama"]], ids=" ".join)
+def test_torch_formats_by_their_commands(words, tmp_path, capsys):
+    """Both ways through the command line: every bit, and the prompt's ids, are as before."""
+    model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=48, context_tokens=64)
+    hf.write_hf(random_params(model), model, tmp_path / "hf", tokenizer_files=[])
+    write_tokenizer(tmp_path / "hf")
+    run("import", "hf", tmp_path / "hf", "--out", tmp_path / "ckpt")
+    run("export", words[0], tmp_path / "ckpt", "--out", tmp_path / "out", *words[1:], "--json")
+    options = ["--context-tokens", "64"] if words[0] == "meta" else []
+    run("import", words[0], tmp_path / "out", "--out", tmp_path / "again", *options)
+    run("export", "hf", tmp_path / "again", "--out", tmp_path / "back")
+    back_model, back = hf.read_hf(tmp_path / "back")
+    assert back_model == model
+    assert_same_bits(random_params(model), back)
+    if words[0] == "litgpt":  # Meta's code takes only SentencePiece's or its own vocabularies
+        assert (tmp_path / "back/chat_template.jinja").read_text() == CHAT
+    else:
+        assert "holds no tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])

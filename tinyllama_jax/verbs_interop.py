@@ -13,7 +13,7 @@ from tinyllama_jax.train import saved
 
 # Options of the two verbs that belong to some formats: None where not given.
 READ_OPTIONS = ("context_tokens",)
-WRITE_OPTIONS = ("dtype", "shard_size", "layout")
+WRITE_OPTIONS = ("dtype", "shard_size", "layout", "license", "language")
 
 
 def import_(args: argparse.Namespace) -> None:
@@ -52,7 +52,10 @@ def export(args: argparse.Namespace) -> None:
         more = formats.write(args.format, loaded, Path(args.out), **options)
     value = {"directory": args.out, "parameters": _count(loaded.params)} | more
     dtype = options.get("dtype", "float32")
-    answer(args, value, [f"{args.out}: {value['parameters']:,} parameters in {dtype}, from {loaded.path}"])
+    lines = [f"{args.out}: {value['parameters']:,} parameters in {dtype}, from {loaded.path}"]
+    for program, text in more.get("use", {}).items():
+        lines += ["", f"{program}:", *(f"  {line}" for line in text.splitlines())]
+    answer(args, value, lines)
 
 
 def _count(params) -> int:

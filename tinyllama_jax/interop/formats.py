@@ -55,13 +55,31 @@ def _read_hf(source: Path) -> Iterator[Found]:
     yield Found(model, params, files, marks, (*hf.left_out(source), *notes))
 
 
-def _write_hf(loaded: Loaded, out: Path, *, dtype: str = "float32", shard_size: str = "5G") -> dict[str, Any]:
-    from tinyllama_jax.interop import hf
+def _write_hf(
+    loaded: Loaded,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    shard_size: str = "5GB",
+    license: str = "",
+    language: str = "",
+) -> dict[str, Any]:
+    from tinyllama_jax.interop import hf, model_card
     from tinyllama_jax.verbs_data import count
 
-    files, bytes_ = _tokenizer_files(loaded), count(shard_size.upper().removesuffix("B"))
-    hf.write_hf(loaded.params, loaded.model, out, dtype=dtype, tokenizer_files=files, shard_bytes=bytes_)
-    return {}
+    text = model_card.card(
+        loaded.path, loaded.meta, loaded.model, out.absolute().name, license=license, language=language
+    )
+    hf.write_hf(
+        loaded.params,
+        loaded.model,
+        out,
+        dtype=dtype,
+        tokenizer_files=_tokenizer_files(loaded),
+        shard_bytes=count(shard_size.upper().removesuffix("B")),
+        texts={"README.md": text},
+    )
+    return {"use": model_card.uses(str(out), loaded.model, dtype)}
 
 
 @contextlib.contextmanager
@@ -104,7 +122,10 @@ def _tokenizer_files(loaded: Loaded) -> list[Path]:
 
 FORMATS: dict[str, Format] = {
     "hf": Format(
-        "Hugging Face safetensors and config.json", read=_read_hf, write=_write_hf, writes=("dtype", "shard_size")
+        "Hugging Face safetensors and config.json",
+        read=_read_hf,
+        write=_write_hf,
+        writes=("dtype", "shard_size", "license", "language"),
     ),
     "litgpt": Format(
         "lit-gpt's lit_model.pth, of the TinyLlama repository or of today's litgpt",

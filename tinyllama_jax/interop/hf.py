@@ -11,8 +11,9 @@ heads flattened, and layers apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tinyllama_jax.config import Model
 from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.interop import hf_tokenizer, tensor_files
 from tinyllama_jax.interop.hf_config import model_from_hf, model_to_hf
-from tinyllama_jax.interop.json_files import read_json, shown, write_json
+from tinyllama_jax.interop.json_files import read_json, shown, write_json, write_text
 from tinyllama_jax.interop.new_folder import new_folder, refuse_what_exists
 from tinyllama_jax.interop.tensor_files import Shape, Stored
 
@@ -203,6 +204,7 @@ def write_hf(
     dtype: str = "float32",
     tokenizer_files: Iterable[str | Path] = (),
     shard_bytes: int = 5_000_000_000,
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write a directory that transformers, and what builds on it, loads as LlamaForCausalLM.
 
@@ -210,6 +212,7 @@ def write_hf(
     tokenizer_files: tokenizer.model, tokenizer.json or both, copied under these names with what AutoTokenizer needs;
     and what goes with them, such as a chat template.
     shard_bytes: size of a weight file above which the next is begun.
+    texts: more files by name, such as README.md.
     The directory appears under its name when it is complete; peak memory is one tensor beside `params`.
     Raises ConfigError when the directory holds something, the model has no equivalent among Hugging Face's Llamas,
     or a value is too large for float16; DataError for an unusable tokenizer.
@@ -222,6 +225,8 @@ def write_hf(
     refuse_what_exists(directory)
     config = model_to_hf(model, dtype)
     with new_folder(directory) as unfinished:
+        for name, text in texts.items():
+            write_text(unfinished / name, text)
         ids = hf_tokenizer.write(tokenizer_files, unfinished, model)
         # Without a tokenizer the ids are null: left out, transformers would assume 1 and 2.
         write_json(unfinished / "config.json", config | (ids or {"bos_token_id": None, "eos_token_id": None}))

@@ -69,6 +69,7 @@ def write(files: Iterable[str | Path], directory: Path, model: Model) -> dict[st
     texts = _texts(read_json(directory / JSON_FILE))
     adds_bos = Tokenizer.load(directory / JSON_FILE).puts_bos_first
     kept = read_json(directory / JSON_CONFIG_FILE) if JSON_CONFIG_FILE in given else {}
+    kept.pop("auto_map", None)  # names code, which does not go along
     settings = {
         "bos_token": texts.get(tokenizer.bos_id),
         "eos_token": texts.get(tokenizer.eos_id),
