@@ -10,6 +10,7 @@ from tinyllama_jax.cli import main
 from tinyllama_jax.config import replace
 from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe
 from tinyllama_jax.errors import UsageError
+from tinyllama_jax.generate.load import prompt_tokens
 from tinyllama_jax.interop import formats, hf, hf_tokenizer
 
 MODEL = replace(GQA, vocab_size=512)
@@ -108,6 +109,25 @@ def test_every_format_says_what_it_is_and_takes_its_options():
                 named = {p.name for p in keywords if p.kind is p.KEYWORD_ONLY}
                 assert named == set(options), name
                 assert all(p.default is not p.empty for p in keywords if p.kind is p.KEYWORD_ONLY), name
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json"])
+@pytest.mark.parametrize(("marks", "start"), [("bos", "bos"), ("both", "bos"), ("eos", "eos"), ("none", "none")])
+def test_an_exported_tokenizer_begins_a_text_as_the_documents_began(marks, start, kind, tmp_path):
+    import tokenizers
+
+    if kind == "sentencepiece":
+        file = train_bpe([CHAT, "some more text of the usual kind"], 290, tmp_path / "tokenizer.model")
+    else:
+        file = write_tokenizer(tmp_path / "own") / "tokenizer.json"
+    ours = Tokenizer.load(file)
+    (tmp_path / "out").mkdir()
+    hf_tokenizer.write(ours.files, tmp_path / "out", MODEL, marks)
+    fast = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    assert fast.encode("some text").ids == prompt_tokens(ours, marks, "some text")
+    assert hf_tokenizer.find(tmp_path / "out")[1] == start
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert settings["add_bos_token"] is (start == "bos")
 
 
 def test_a_text_between_special_tokens_is_text(foreign):

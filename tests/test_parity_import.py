@@ -165,3 +165,15 @@ def test_a_sentencepiece_model_alone_goes_by_add_bos_token(more, tmp_path):
         assert marks == "bos"
         return
     assert prompt_tokens(ours, marks, "Once upon a time") == theirs("Once upon a time").input_ids
+
+
+@pytest.mark.parametrize("marks", ["bos", "both", "eos", "none"])
+def test_an_exported_tokenizer_begins_a_text_as_the_documents_began(marks, tmp_path):
+    import transformers
+
+    file = train_bpe(TEXTS, 400, tmp_path / "tokenizer.model")
+    model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=48, context_tokens=64)
+    hf.write_hf(random_params(model), model, tmp_path / "out", tokenizer_files=[file], marks=marks)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        assert theirs(text).input_ids == prompt_tokens(Tokenizer.load(file), marks, text), text

@@ -74,9 +74,9 @@ class Tokenizer:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     @property
-    def puts_bos_first(self) -> bool:
-        """Whether the file itself says that BOS goes before a text.  A SentencePiece model says nothing: False."""
-        return isinstance(self._backend, JsonBackend) and self._backend.puts_before() == [self.bos_id]
+    def puts_before(self) -> list[int]:
+        """The ids that the file itself says go before a text.  A SentencePiece model says nothing: none."""
+        return self._backend.puts_before() if isinstance(self._backend, JsonBackend) else []
 
     def encode(self, text: str) -> list[int]:
         return self._ids(text).tolist()

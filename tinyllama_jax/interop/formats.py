@@ -76,6 +76,7 @@ def _write_hf(
         out,
         dtype=dtype,
         tokenizer_files=_tokenizer_files(loaded),
+        marks=loaded.marks,
         shard_bytes=count(shard_size.upper().removesuffix("B")),
         texts={"README.md": text},
     )

@@ -203,6 +203,7 @@ def write_hf(
     *,
     dtype: str = "float32",
     tokenizer_files: Iterable[str | Path] = (),
+    marks: str | None = None,
     shard_bytes: int = 5_000_000_000,
     texts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
@@ -211,6 +212,7 @@ def write_hf(
     dtype: float32 (bit for bit), bfloat16 or float16, rounded to nearest even.
     tokenizer_files: tokenizer.model, tokenizer.json or both, copied under these names with what AutoTokenizer needs;
     and what goes with them, such as a chat template.
+    marks: how documents were marked, and so what the tokenizer puts before a text (see hf_tokenizer.write).
     shard_bytes: size of a weight file above which the next is begun.
     texts: more files by name, such as README.md.
     The directory appears under its name when it is complete; peak memory is one tensor beside `params`.
@@ -227,7 +229,7 @@ def write_hf(
     with new_folder(directory) as unfinished:
         for name, text in texts.items():
             write_text(unfinished / name, text)
-        ids = hf_tokenizer.write(tokenizer_files, unfinished, model)
+        ids = hf_tokenizer.write(tokenizer_files, unfinished, model, marks)
         # Without a tokenizer the ids are null: left out, transformers would assume 1 and 2.
         write_json(unfinished / "config.json", config | (ids or {"bos_token_id": None, "eos_token_id": None}))
         if not (unfinished / "generation_config.json").exists():  # a foreign model's own is among the tokenizer's files

@@ -22,9 +22,9 @@ KEPT = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "
 def find(folder: Path) -> tuple[tuple[Path, ...], str, tuple[str, ...]]:
     """(files, document marks, lines for the user) of the tokenizer in a foreign model's folder.
 
-    Marks are `bos` where that model's own tokenizer puts BOS before a text, else `none`, so that a prompt has the ids
-    that the model was trained on.  Transformers goes by the post-processor in tokenizer.json; where there is only a
-    SentencePiece model, by add_bos_token, which is true unless it is given.
+    Marks are `bos` or `eos` where that model's own tokenizer puts it before a text, else `none`, so that a prompt has
+    the ids that the model was trained on.  Transformers goes by the post-processor in tokenizer.json; where there is
+    only a SentencePiece model, by add_bos_token, which is true unless it is given.
     A vocabulary that cannot be used here is left out, and a line says so.
     """
     files = [folder / name for name in (MODEL_FILE, JSON_FILE, JSON_CONFIG_FILE, *KEPT)]
@@ -37,15 +37,24 @@ def find(folder: Path) -> tuple[tuple[Path, ...], str, tuple[str, ...]]:
         tokenizers = [Tokenizer.load(file) for file in vocabularies]
     except DataError as error:
         return (), "bos", (f"the tokenizer is left out: {error}",)
-    adds = tokenizers[-1].puts_bos_first if vocabularies[-1].name == JSON_FILE else config.get("add_bos_token", True)
-    return tuple(files), "bos" if adds else "none", ()
+    if vocabularies[-1].name != JSON_FILE:
+        return tuple(files), "bos" if config.get("add_bos_token", True) else "none", ()
+    return tuple(files), _mark(tokenizers[-1]), ()
 
 
-def write(files: Iterable[str | Path], directory: Path, model: Model) -> dict[str, int]:
+def _mark(tokenizer: Tokenizer) -> str:
+    """What a tokenizer.json puts before a text: bos, eos or none."""
+    known = {(tokenizer.eos_id,): "eos", (tokenizer.bos_id,): "bos"}  # bos, where both are one token
+    return known.get(tuple(tokenizer.puts_before), "none")
+
+
+def write(files: Iterable[str | Path], directory: Path, model: Model, marks: str | None = None) -> dict[str, int]:
     """Write a tokenizer into `directory`; returns its `bos_token_id` and `eos_token_id`, nothing without files.
 
     files: a SentencePiece model, a tokenizer.json or both of the same vocabulary, perhaps a tokenizer_config.json,
     whose other settings (a chat template, say) are kept, and those of KEPT, which are copied.
+    marks: how the documents that the model was trained on were marked.  A text is then begun as they were: with BOS
+    (bos, both), with the EOS that ended the one before (eos), or bare.  None: as a given tokenizer.json says, else BOS.
     Raises DataError for files that are no such tokenizer, ConfigError when it has more ids than the model.
     """
     files = [Path(file) for file in files]
@@ -64,10 +73,14 @@ def write(files: Iterable[str | Path], directory: Path, model: Model) -> dict[st
         (directory / name).write_bytes(file.read_bytes())
     if JSON_FILE not in given:
         write_tokenizer_json(given[MODEL_FILE], directory / JSON_FILE)
-        fast = read_json(directory / JSON_FILE)
-        write_json(directory / JSON_FILE, fast | {"post_processor": _begin_with(tokenizer.bos_id, _texts(fast))})
-    texts = _texts(read_json(directory / JSON_FILE))
-    adds_bos = Tokenizer.load(directory / JSON_FILE).puts_bos_first
+        marks = marks or "bos"
+    fast = read_json(directory / JSON_FILE)
+    texts = _texts(fast)
+    start = {"bos": tokenizer.bos_id, "both": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(marks or "")
+    before = Tokenizer.load(directory / JSON_FILE).puts_before
+    if marks and before != ([] if start is None else [start]):  # else the file stays as it is, byte for byte
+        before = [] if start is None else [start]
+        write_json(directory / JSON_FILE, fast | {"post_processor": _begin_with(start, texts)})
     kept = read_json(directory / JSON_CONFIG_FILE) if JSON_CONFIG_FILE in given else {}
     kept.pop("auto_map", None)  # names code, which does not go along
     settings = {
@@ -75,7 +88,7 @@ def write(files: Iterable[str | Path], directory: Path, model: Model) -> dict[st
         "eos_token": texts.get(tokenizer.eos_id),
         "unk_token": "<unk>" if "<unk>" in texts.values() else None,
         "model_max_length": model.context_tokens,
-        "add_bos_token": adds_bos,
+        "add_bos_token": before == [tokenizer.bos_id],
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     }
@@ -96,16 +109,18 @@ def _texts(fast: dict) -> dict[int, str]:
     return texts | {token["id"]: token["content"] for token in fast.get("added_tokens") or ()}
 
 
-def _begin_with(bos_id: int, texts: dict[int, str]) -> dict:
-    """The post-processor that puts BOS before each text of one or a pair."""
-    bos = texts[bos_id]
+def _begin_with(start: int | None, texts: dict[int, str]) -> dict | None:
+    """The post-processor that puts an id before each text of one or a pair."""
+    if start is None:
+        return None
+    mark = texts[start]
 
     def sequence(name: str, type_id: int) -> list[dict]:
-        return [{"SpecialToken": {"id": bos, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
+        return [{"SpecialToken": {"id": mark, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
 
     return {
         "type": "TemplateProcessing",
         "single": sequence("A", 0),
         "pair": sequence("A", 0) + sequence("B", 1),
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+        "special_tokens": {mark: {"id": mark, "ids": [start], "tokens": [mark]}},
     }
