@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,18 +76,18 @@ def _head(sources: Iterable[str], license: str, language: str) -> str:
 
 def uses(directory: str, model: Model, dtype: str) -> dict[str, str]:
     """What to type to use an exported folder: {"vllm": a command, "transformers": two lines of Python}."""
-    import shlex
-
+    quoted = json.dumps(directory, ensure_ascii=False)  # also a text of Python's
     return {
         "vllm": f"vllm serve {shlex.quote(directory)} --max-model-len {model.context_tokens} --dtype {dtype}",
         "transformers": "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
-        f"model, tokenizer = M.from_pretrained({directory!r}), T.from_pretrained({directory!r})",
+        f"model, tokenizer = M.from_pretrained({quoted}), T.from_pretrained({quoted})",
     }
 
 
 def use_text(name: str, model: Model) -> str:
     use = uses(name, model, "auto")
-    return f"```python\n{use['transformers']}\n```\n\nor\n\n```sh\n{use['vllm']}\n```"
+    lines = use["transformers"].replace("\n", "\n\n")  # as formatters have it
+    return f"```python\n{lines}\n```\n\nor\n\n```sh\n{use['vllm']}\n```"
 
 
 def _what_it_is(meta: dict, model: Model) -> str:
