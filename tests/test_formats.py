@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from foreign_models import CHAT, GENERATION, write_tokenizer
+from foreign_models import CHAT, GENERATION, SPECIAL, write_tokenizer
 from test_hf import GQA, assert_same_bits, random_params, refusal
 
 from tinyllama_jax.cli import main
@@ -66,6 +66,9 @@ def test_marks_are_what_the_foreign_tokenizer_does(post_processor, marks, tmp_pa
     files, found, notes = hf_tokenizer.find(tmp_path)
     assert (found, notes) == (marks, ()) and len(files) == 5
     assert hf_tokenizer.find(tmp_path.parent)[:2] == ((), "bos")
+    one = SPECIAL[0]  # begins and ends a text, as in many
+    write_tokenizer(tmp_path, post_processor=post_processor, bos=one, eos_token=one)
+    assert hf_tokenizer.find(tmp_path)[1] == marks
 
 
 def test_marks_of_a_sentencepiece_model_go_by_its_settings(tmp_path):
