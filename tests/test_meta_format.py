@@ -186,3 +186,58 @@ def test_folders_of_torch_files_both_ways(dtype, tmp_path):
     (tmp_path / "out/params.json").write_text(json.dumps([]))
     refusal(DataError, lambda: meta.read_meta(tmp_path / "out"), "params.json")
     refusal(DataError, lambda: meta.read_meta(tmp_path / "nowhere"), "nowhere", "params.json")
+
+
+def meta_logits(state, config, tokens):
+    """What Meta's model computes of one row of tokens, written down anew in PyTorch with complex numbers for RoPE."""
+    import torch
+    from torch.nn import functional as F
+
+    T, H, G = len(tokens), config["n_heads"], config["n_kv_heads"]
+    K = config["dim"] // H
+    angle = torch.outer(torch.arange(T).double(), config["rope_theta"] ** (-torch.arange(0, K, 2).double() / K))
+    turn_TK = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def norm(x, name):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config["norm_eps"]) * state[f"{name}.weight"]
+
+    def rotated(x_THK):
+        pairs = torch.view_as_complex(x_THK.reshape(*x_THK.shape[:-1], K // 2, 2))
+        return torch.view_as_real(pairs * turn_TK).flatten(-2)
+
+    x_TD = state["tok_embeddings.weight"][tokens]
+    for layer in range(config["n_layers"]):
+        at = f"layers.{layer}."
+        w = lambda name, at=at: state[f"{at}{name}.weight"]  # noqa: E731
+        h = norm(x_TD, at + "attention_norm")
+        q, k, v = ((h @ w(f"attention.w{kind}").T).view(T, heads, K) for kind, heads in (("q", H), ("k", G), ("v", G)))
+        k, v = (x.repeat_interleave(H // G, dim=1) for x in (rotated(k), v))
+        scores = torch.einsum("thk,shk->hts", rotated(q), k) / K**0.5
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+        out = torch.einsum("hts,shk->thk", scores.softmax(-1), v).flatten(1)
+        x_TD = x_TD + out @ w("attention.wo").T
+        h = norm(x_TD, at + "ffn_norm")
+        x_TD = x_TD + (F.silu(h @ w("feed_forward.w1").T) * (h @ w("feed_forward.w3").T)) @ w("feed_forward.w2").T
+    return norm(x_TD, "norm") @ state["output.weight"].T
+
+
+@pytest.mark.parity
+def test_metas_model_with_the_exported_file_has_the_logits_of_transformers(tmp_path):
+    import torch
+    import transformers
+
+    from tinyllama_jax.interop.hf import write_hf
+
+    params = random_params(GQA)
+    meta.write_meta(params, GQA, tmp_path / "meta", dtype="float32", files=[])
+    write_hf(params, GQA, tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").double()
+    state = torch.load(tmp_path / "meta/consolidated.00.pth", weights_only=True)
+    state = {name: tensor.double() for name, tensor in state.items()}
+    tokens = torch.from_numpy(np.random.default_rng(2).integers(0, GQA.vocab_size, 40))
+    config = json.loads((tmp_path / "meta/params.json").read_text())
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0]
+        logits = meta_logits(state, config, tokens)
+    assert expected.std() > 1
+    assert (logits - expected).abs().max() <= 1e-3  # its tables of cos and sin are float32
