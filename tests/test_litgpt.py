@@ -117,6 +117,20 @@ def test_what_is_no_llama_is_refused(key, value, tmp_path):
     refusal(ConfigError, lambda: litgpt_config.model_from_config(config, 96, where), "lit_config.json", name)
 
 
+def test_a_yaml_file_of_strangers_is_bounded(tmp_path):
+    """Ten lists of ten lists of ..., 10^20 in all, written in a few lines."""
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 20))
+    file = tmp_path / "model_config.yaml"
+    for key in ("n_head", "bias", "rope_adjustments"):
+        sizes = "".join(f"{name}: 4\n" for name in ("n_embd", "n_head", "n_layer", "intermediate_size", "block_size"))
+        file.write_text(f"{bomb}{sizes}{key}: *a19\n")  # the last one counts
+        config, _ = litgpt_config.read_config(tmp_path)
+        refusal(ConfigError, lambda config=config: litgpt_config.model_from_config(config, 96, file), key)
+    for text in ("[1]", "a: &a [*b]", "!!python/object/apply:os.system [echo]", "\x00", "{" * 5000):
+        file.write_text(text)
+        refusal(DataError, lambda: litgpt_config.read_config(tmp_path), "model_config.yaml")
+
+
 def test_rope_that_lit_gpt_has_not_is_refused():
     for kind, words in (("yarn", "yarn"), ("ntk", "ntk"), ("none", "none")):
         model = replace(GQA, rope=Rope(kind=kind))

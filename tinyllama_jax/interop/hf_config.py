@@ -9,6 +9,7 @@ configuration_llama.py and modeling_rope_utils.py.
 from __future__ import annotations
 
 import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -185,5 +186,10 @@ def _scaling_to_hf(rope: Rope) -> dict | None:
 
 
 def short(value: Any) -> str:
-    text = repr(value)
+    """A value in a message.  Bounded while it is made, too: YAML may hold lists of the same lists many levels deep."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 60, 60, 40
