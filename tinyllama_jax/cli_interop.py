@@ -24,7 +24,11 @@ def add_interop(verb, as_json) -> None:
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (float32)")
     sub.add_argument("--shard-size", metavar="N", help="hf: begin another weight file above it, such as 2GB (5GB)")
-    sub.add_argument("--layout", choices=("tinyllama", "litgpt"), help="litgpt: the TinyLlama repository's (litgpt)")
+    sub.add_argument(
+        "--layout",
+        choices=("tinyllama", "litgpt"),
+        help="litgpt: tinyllama is that of the TinyLlama repository (litgpt)",
+    )
     sub.add_argument("--license", metavar="ID", help="hf: of the model card, such as apache-2.0 (unstated)")
     sub.add_argument("--language", metavar="CODES", help="hf: of the model card, such as en,zh (unstated)")
     as_json(sub)
