@@ -60,15 +60,41 @@ def token_nll(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, *, chunk
 
     Differentiable in x and w; the backward pass computes each chunk's logits again.
     """
+
+    def nll(x_CD, w_DV, targets_C, vocab):
+        return _nll(x_CD, w_DV, targets_C, vocab)[0]
+
+    return _by_token(jax.checkpoint(nll, static_argnums=3), x_BTD, w_DV, targets_BT, chunk_tokens)
+
+
+def token_nll_and_best(
+    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """`token_nll`, and whether no other token is more likely than the target, bool [B, T].  Without gradients."""
+
+    def both(x_CD, w_DV, targets_C, vocab):
+        nll_C, logits_CV, _ = _nll(x_CD, w_DV, targets_C, vocab)
+        is_target_CV = jnp.arange(logits_CV.shape[1]) == targets_C[:, None]
+        target_C = jnp.max(jnp.where(is_target_CV, logits_CV, -jnp.inf), axis=-1)
+        best_C = jnp.max(logits_CV, axis=-1)
+        if vocab:
+            target_C, best_C = jax.lax.pmax((target_C, best_C), vocab)
+        return nll_C, target_C >= best_C
+
+    return _by_token(both, x_BTD, w_DV, targets_BT, chunk_tokens)
+
+
+def _by_token(f: Callable, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, chunk_tokens: int) -> Any:
+    """Arrays [B, T] of f(x_CD, w_DV, targets_C, vocab), which makes arrays [C]."""
     layout, w_DV = _layout(x_BTD), sharding.gather(w_DV.astype(x_BTD.dtype))
     vocab = jax.typeof(w_DV).sharding.spec[1]
 
     def local(x_BTD, w_DV, targets_BT):
         def chunk(_, x_CD, targets_C):
-            return None, _nll(x_CD, w_DV, _within(targets_C, w_DV, vocab), vocab)[0]
+            return None, f(x_CD, w_DV, _within(targets_C, w_DV, vocab), vocab)
 
-        _, nll_C = _over_chunks(jax.checkpoint(chunk), None, chunk_tokens, x_BTD, targets_BT)
-        return nll_C.reshape(targets_BT.shape)
+        _, made = _over_chunks(chunk, None, chunk_tokens, x_BTD, targets_BT)
+        return jax.tree.map(lambda y_C: y_C.reshape(targets_BT.shape), made)
 
     specs = (layout.x, P(None, vocab), layout.by_token)
     run = jax.shard_map(local, in_specs=specs, out_specs=layout.by_token, check_vma=False)
