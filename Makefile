@@ -2,7 +2,7 @@
 #   make demo       train a small model from nothing and write a report: runs/demo/report.html
 #   make test       all tests that need neither PyTorch, nor device compilers, nor several processes
 #   make test-faults  processes that train together, are killed, stopped, cut off and left without disk: 10 minutes
-#   make test-full  the rest: parity with PyTorch, compiles for devices, Slurm, reports in Chromium
+#   make test-full  the rest: parity with PyTorch, compiles for devices, Slurm, Chromium, lm-evaluation-harness
 #   make test-sky   SkyPilot itself reads what is rendered for it
 #   make test-aot   of these the compiles for devices alone, without PyTorch
 #   make proof-hf-memory  import and export of 1.1B parameters stay below twice their size: 14 GB of disk, 5 minutes
@@ -74,7 +74,7 @@ define on_top
 endef
 
 $(VENV)/.full: $(VENV)/.dev
-	$(call on_top,full,parity$(comma)preflight)
+	$(call on_top,full,parity$(comma)preflight$(comma)eval)
 
 $(VENV)/.aot: $(VENV)/.dev
 	$(call on_top,aot,preflight)
@@ -92,7 +92,7 @@ test-faults: $(VENV)/.dev
 	@$(RUN) -m pytest $(SPREAD) -m faults --timeout 900 $(TESTS)
 
 test-full: $(VENV)/.full
-	@$(FULL) -m pytest $(SPREAD) -m "parity or aot or slurm or browser" --timeout 900 $(TESTS)
+	@$(FULL) -m pytest $(SPREAD) -m "parity or aot or slurm or browser or harness" --timeout 900 $(TESTS)
 
 test-sky: $(VENV)/.sky
 	@$(VENV)/sky/bin/python -c 'import sky' # the tests skip what is not there

@@ -9,20 +9,65 @@ def add_evaluate(verb, as_json, dtype) -> None:
     sub = verb(
         "eval",
         verbs_evaluate.evaluate,
-        "loss and bits per byte per domain, on held-out text or on a corpus",
-        "tinyllama eval runs/demo --corpus notes=~/notes --json",
+        "loss and bits per byte per domain, or downstream tasks, of a checkpoint or along a run",
+        "tinyllama eval runs/demo --corpus notes=~/notes --json\n"
+        "  tinyllama eval runs/demo --tasks tinyllama\n"
+        "  tinyllama eval runs/demo --tasks my_task --include-path tasks --every-tokens 1000000000 --watch",
     )
     sub.add_argument("checkpoint", metavar="RUN|CKPT")
-    sub.add_argument(
+    loss = sub.add_argument_group("loss and bits per byte")
+    loss.add_argument(
         "--corpus",
         action="append",
         default=[],
         metavar="SOURCE",
         help="text as for `prepare`, or a token store (its validation text); default: the run's own store",
     )
-    sub.add_argument("--sequences", type=int, default=0, help="windows per domain (0 = all)")
-    sub.add_argument("--sequence-tokens", type=int, default=0, help="window length (0 = the run's)")
-    sub.add_argument("--baselines", action="store_true", help="also fit n-grams on the tokens that the run saw")
+    loss.add_argument("--sequences", type=int, default=0, help="windows per domain (0 = all)")
+    loss.add_argument("--sequence-tokens", type=int, default=0, help="window length (0 = the run's)")
+    loss.add_argument("--baselines", action="store_true", help="also fit n-grams on the tokens that the run saw")
+
+    tasks = sub.add_argument_group("downstream tasks", "by lm-evaluation-harness: pip install 'tinyllama_jax[eval]'")
+    tasks.add_argument(
+        "--tasks",
+        default="",
+        metavar="NAME,...",
+        help="its tasks, or suites: tinyllama (the paper's seven, 0-shot), problem-solving, chinese",
+    )
+    tasks.add_argument(
+        "--include-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder with the YAML files of tasks, such as ones whose data are local files (repeatable)",
+    )
+    tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (as each task says)")
+    tasks.add_argument("--limit", type=int, default=0, metavar="N", help="the first N documents of each task (0 = all)")
+    tasks.add_argument("--batch-rows", type=int, default=32, metavar="N", help="rows computed at a time (32)")
+    tasks.add_argument(
+        "--start",
+        default="bos",
+        choices=("bos", "as-trained"),
+        help="what a text begins with: BOS, as in the harness' own backend, or the mark of the training documents",
+    )
+    tasks.add_argument("--seed", type=int, default=1234, metavar="N", help="of examples and of sampling (1234)")
+    tasks.add_argument(
+        "--allow-code-execution", action="store_true", help="run the programs that the model writes (humaneval)"
+    )
+    tasks.add_argument("--out", default="", metavar="FILE", help="write the answer as JSON here too")
+    tasks.add_argument("--samples", default="", metavar="FILE.jsonl", help="write every question and answer here")
+
+    along = sub.add_argument_group(
+        "along a run", "results go to RUN/evaluations; set checkpoint.permanent_tokens so that checkpoints are kept"
+    )
+    along.add_argument(
+        "--every-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="every kept checkpoint at a multiple of N tokens that has no result yet, and the last one",
+    )
+    along.add_argument("--watch", action="store_true", help="go on with what is saved until the run has ended")
     dtype(sub)
     as_json(sub)
 

@@ -3,26 +3,167 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from pathlib import Path
 
 from tinyllama_jax.config import Mesh
-from tinyllama_jax.terminal import answer
+from tinyllama_jax.errors import UsageError
+from tinyllama_jax.terminal import answer, say
 from tinyllama_jax.train import saved
 from tinyllama_jax.verbs_generate import load_rows
 
+# Options that say something of one kind of evaluation only, with what they are when they are not given.
+LOSS_OPTIONS = {"corpus": [], "sequences": 0, "sequence_tokens": 0, "baselines": False}
+TASK_OPTIONS = {"include_path": [], "shots": None, "limit": 0, "batch_rows": 32, "start": "bos", "seed": 1234}
+TASK_OPTIONS |= {"allow_code_execution": False, "samples": ""}
+
 
 def evaluate(args: argparse.Namespace) -> None:
+    _check(args)
+    if args.every_tokens:
+        _along(args)
+        return
     saved.resolve(args.checkpoint)  # before jax is imported
+    if args.tasks:
+        value, samples, path = _downstream(args)(args.checkpoint)
+        if args.samples:
+            from tinyllama_jax.evaluate.harness import write_samples
+
+            write_samples(args.samples, samples)
+        _keep(args, value, path)
+        lines = task_table(value)
+    else:
+        value = _loss(args, args.checkpoint)
+        lines = table(value)
+    _answer(args, value, lines)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UsageError for options that do not go together, or make no sense alone."""
+    wrong = LOSS_OPTIONS if args.tasks else TASK_OPTIONS
+    for name, default in wrong.items():
+        if getattr(args, name) != default:
+            option, instead = "--" + name.replace("_", "-"), "not with" if args.tasks else "with"
+            raise UsageError(f"{option} goes {instead} --tasks")
+    for name, least in (("limit", 0), ("every_tokens", 0), ("batch_rows", 1), ("shots", 0)):
+        if (getattr(args, name) or least) < least:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    if args.watch and not args.every_tokens:
+        raise UsageError("--watch goes with --every-tokens")
+    if args.samples and args.every_tokens:
+        raise UsageError("--samples is of one checkpoint; leave out --every-tokens")
+
+
+def _loss(args: argparse.Namespace, checkpoint: str) -> dict:
     from tinyllama_jax.evaluate.measure import measure
 
-    value = measure(
-        args.checkpoint,
+    return measure(
+        checkpoint,
         corpus=args.corpus,
         sequences=args.sequences,
         sequence_tokens=args.sequence_tokens,
         baselines=args.baselines,
         dtype=args.dtype,
     )
-    answer(args, value, table(value))
+
+
+def _downstream(args: argparse.Namespace):
+    """checkpoint -> (value, samples, path), with the tasks and their data read once."""
+    from tinyllama_jax.evaluate.harness_tasks import load_tasks
+    from tinyllama_jax.evaluate.suites import expand
+
+    asked = expand(args.tasks, args.shots)
+    allowed = args.allow_code_execution
+    tasks = load_tasks(asked, include_path=args.include_path, allow_code=allowed, seed=args.seed)
+
+    def run(checkpoint: str):
+        from tinyllama_jax.evaluate import harness
+
+        return harness.run(
+            checkpoint,
+            tasks,
+            start=args.start,
+            dtype=args.dtype,
+            batch_rows=args.batch_rows,
+            limit=args.limit,
+            allow_code=allowed,
+        )
+
+    return run
+
+
+def _label(args: argparse.Namespace) -> str:
+    from tinyllama_jax.evaluate.records import label
+
+    return label(args.tasks, shots=args.shots, limit=args.limit) if args.tasks else "loss"
+
+
+def _keep(args: argparse.Namespace, value: dict, path: Path) -> None:
+    """Beside the run, where the checkpoint belongs to one."""
+    from tinyllama_jax.evaluate import records
+
+    run = records.run_of(path)
+    if run is not None:
+        say(f"kept as {records.put(run, _label(args), value)}")
+
+
+def _along(args: argparse.Namespace) -> None:
+    from tinyllama_jax.evaluate.schedule import follow
+    from tinyllama_jax.lab.runs import Run
+
+    Run(args.checkpoint)  # a run directory, before anything slow is imported
+    if args.tasks:
+        run = _downstream(args)
+        results = follow(args.checkpoint, _label(args), args.every_tokens, lambda at: run(at)[0], watch=args.watch)
+    else:
+        at_mark = functools.partial(_loss, args)
+        results = follow(args.checkpoint, _label(args), args.every_tokens, at_mark, watch=args.watch)
+    value = {"run": args.checkpoint, "every_tokens": args.every_tokens, "evaluations": results}
+    lines = [f"{args.checkpoint}: {len(results)} checkpoints, {sum(r['new'] for r in results)} evaluated now"]
+    for one in results:
+        said = one.get("domains") or one.get("results", {})
+        numbers = ", ".join(f"{name} {_short(measured)}" for name, measured in said.items())
+        lines.append(f"  step {one['step']:>9,}  {one['tokens']:>18,} tokens  {numbers}")
+    _answer(args, value, lines)
+
+
+def _short(measured: dict) -> str:
+    return f"{measured['loss']:.4f}" if "loss" in measured else _value(measured)[0]
+
+
+def _value(result: dict) -> tuple[str, str]:
+    """A task's value and standard error: percent for shares."""
+    from tinyllama_jax.evaluate.suites import SHARES
+
+    scale = 100 if result["metric"] in SHARES else 1
+    stderr = "" if result["stderr"] is None else f"± {scale * result['stderr']:.2f}"
+    return f"{scale * result['value']:.2f}", stderr
+
+
+def _answer(args: argparse.Namespace, value: dict, lines: list[str]) -> None:
+    if args.out:
+        from tinyllama_jax.data.durable import write_json
+
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.out), value)
+    answer(args, value, lines)
+
+
+def task_table(value: dict) -> list[str]:
+    from tinyllama_jax.evaluate import milestones
+
+    lines = [f"{value['checkpoint']}: step {value['step']}, {value['tokens']:,} tokens; harness {value['harness']}"]
+    lines.append(f"  {'task':<24}{'metric':<14}{'shots':>5}{'samples':>9}{'value':>9}")
+    for task, result in value["results"].items():
+        number, stderr = _value(result)
+        counted = f"{result['metric']:<14}{result['shots']:>5}{result['samples']:>9,}"
+        lines.append(f"  {task:<24}{counted}{number:>9} {stderr}".rstrip())
+    if value["mean"] is not None and len(value["results"]) > 1:
+        lines.append(f"  {'mean':<52}{100 * value['mean']:>9.2f}")
+    found = {task: 100 * result["value"] for task, result in value["results"].items()}
+    if found.keys() & set(milestones.COMMON_SENSE):
+        lines += ["beside what was published, 0-shot:", *milestones.beside(value["tokens"], found)]
+    return lines
 
 
 def table(value: dict) -> list[str]:
