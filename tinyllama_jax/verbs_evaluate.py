@@ -46,8 +46,9 @@ def _check(args: argparse.Namespace) -> None:
             option, instead = "--" + name.replace("_", "-"), "not with" if args.tasks else "with"
             raise UsageError(f"{option} goes {instead} --tasks")
     for name, least in (("limit", 0), ("every_tokens", 0), ("batch_rows", 1), ("shots", 0)):
-        if (getattr(args, name) or least) < least:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.watch and not args.every_tokens:
         raise UsageError("--watch goes with --every-tokens")
     if args.samples and args.every_tokens:

@@ -6,6 +6,7 @@ The package is imported inside functions: a wrong command is told so before it i
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import random
@@ -84,15 +85,33 @@ def _refuse_code(names: Sequence[str]) -> None:
         )
 
 
+@functools.lru_cache(maxsize=2)
+def manager_of_all(include_path: tuple[str, ...]):
+    """All the harness' own tasks and those of the folders: reading its 14,000 files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(include_path) or None)
+
+
 def _manager(names: Sequence[str], include_path: Sequence[str]):
-    """Of the folders alone where they hold all of these tasks: reading the harness' 14,000 files takes seconds."""
+    """Of the folders alone where they hold all of these tasks."""
     from lm_eval.tasks import TaskManager
 
     if include_path:
         manager = TaskManager(include_defaults=False, include_path=list(include_path))
-        if set(names) <= set(manager.all_subtasks):
+        if all(_whole(manager, name) for name in names):
             return manager
-    return TaskManager(include_path=list(include_path) or None)
+    return manager_of_all(tuple(include_path))
+
+
+def _whole(manager, name: str) -> bool:
+    """Whether it is known there, and what a group consists of is too."""
+    if name not in manager.task_index:
+        return False
+    if name not in manager.all_groups:
+        return True
+    members = _file_of(manager, name).get("task")
+    return isinstance(members, list) and all(isinstance(one, str) and _whole(manager, one) for one in members)
 
 
 def _load(manager, task: Task) -> dict[str, Any]:

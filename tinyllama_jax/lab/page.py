@@ -46,6 +46,7 @@ CAPTIONS = {
         "Throughput",
         "Each step thin, running mean thick. Steps that compile or save are slower.",
     ),
+    "evaluations": ("Downstream", "By lm-evaluation-harness; the metric of each task is in the table below."),
 }
 
 PAGE = Template("""<!DOCTYPE html>

@@ -35,6 +35,7 @@ from tinyllama_jax.lab.draw import (
     smooth,
     thinned,
 )
+from tinyllama_jax.lab.evaluations import evaluations_figure
 from tinyllama_jax.lab.runs import Run
 
 
@@ -48,6 +49,7 @@ def figures(run: Run, compare: Sequence[Run] = ()) -> dict[str, Figure]:
         "mixture": lambda: mixture_figure(run),
         "norms": lambda: norms_figure(run),
         "throughput": lambda: throughput_figure(run),
+        "evaluations": lambda: evaluations_figure(run),
     }
     with matplotlib.rc_context(STYLE):
         made = {name: make() for name, make in makers.items()}

@@ -19,6 +19,7 @@ import numpy as np
 
 from tinyllama_jax import __version__
 from tinyllama_jax.lab.draw import last, png, scientific, si, smooth
+from tinyllama_jax.lab.evaluations import evaluations
 from tinyllama_jax.lab.history import events, time_spent
 from tinyllama_jax.lab.page import CAPTIONS, PAGE, duration, number, picture, table, write_page
 from tinyllama_jax.lab.plots import breaks, figures, unique_names
@@ -63,6 +64,7 @@ def render(run: Run, images: dict[str, bytes], others: Sequence[Run] = (), compa
         _head(run),
         _verdicts(run),
         *(_figure(name, images[name]) + below.get(name, "") for name in CAPTIONS if name in images),
+        evaluations(run),
         _stages(run),
         _samples(run),
         time_spent(run),
