@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,44 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(run, tasks, tmp_path, caps
         assert all(word in said for word in words), said
     assert "humaneval executes code" in refusal(capsys, run, "--tasks", "problem-solving", *here)
     assert not list((run / "evaluations").glob("*")), "nothing is kept of what failed"
+
+
+# One document each as the data sets have them, where the harness' files look for them.
+PAPER = {
+    "hellaswag": {"ctx_a": "A fox", "ctx_b": "it", "activity_label": "Run", "endings": ["naps", "jumps"], "label": "1"},
+    "openbookqa": {
+        "question_stem": "Foxes",
+        "choices": {"text": ["run", "fly"], "label": ["A", "B"]},
+        "answerKey": "A",
+    },
+    "winogrande": {"sentence": "The _ naps.", "option1": "fox", "option2": "roof", "answer": "1"},
+    "arc": {"question": "Who naps?", "choices": {"text": ["cats", "rain"], "label": ["1", "2"]}, "answerKey": "1"},
+    "super_glue/boolq": {"passage": "Cats nap.", "question": "do cats nap", "label": 1},
+    "piqa": {"goal": "Nap", "sol1": "sleep", "sol2": "jump over the roof", "label": 0},
+}
+
+
+def test_the_papers_suite_over_local_copies(run, tmp_path, capsys):
+    """As a machine without a hub does it: the harness' own files with another place for the data."""
+    import lm_eval.tasks
+
+    for folder, document in PAPER.items():
+        copy = shutil.copytree(Path(lm_eval.tasks.__file__).parent / folder, tmp_path / folder)
+        data = copy / "data.json"
+        data.write_text((json.dumps(document) + "\n") * 2)
+        files = json.dumps({"data_files": {split: str(data) for split in ("train", "validation", "test")}})
+        for file in copy.glob("*.yaml"):
+            lines = [line for line in file.read_text().splitlines() if not line.startswith("dataset_name")]
+            place = f"dataset_path: json\ndataset_kwargs: {files}"
+            file.write_text("\n".join(place if line.startswith("dataset_path") else line for line in lines) + "\n")
+    assert main(["eval", str(run / "imported"), "--tasks", "tinyllama", "--include-path", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    metrics = {line[0]: line[1:4] for line in lines[2:9]}
+    assert metrics == {task.name: [task.metric, "0", "2"] for task in SUITES["tinyllama"]}
+    values = [float(line[4]) for line in lines[2:9]]
+    assert set(values) <= {0.0, 100.0} and float(lines[9][1]) == pytest.approx(sum(values) / 7, abs=0.006)
+    assert lines[12][:3] == ["this", "checkpoint", "7k"] and lines[13][:3] == ["TinyLlama", "50k", "105B"]
+    assert lines[12][-1] == lines[9][1]
 
 
 def test_marks_of_a_run_are_filled_and_nothing_is_done_twice(run, tasks, capsys):

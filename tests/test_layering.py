@@ -34,6 +34,7 @@ ONE_HOME = {
     "yaml": {"launch.yaml_text", "interop.litgpt_config", "interop.model_card"},
     "torch": {"interop.torch_files"},
     "datatrove": {"data.datatrove_adapter"},
+    "lm_eval": {"evaluate.harness", "evaluate.harness_model", "evaluate.harness_tasks"},
     **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.adapters"}),
 }
 BELOW_TRAIN = {"model", "attention", "loss", "optim", "data", "schedules", "presets", "flops", "sharding"}
