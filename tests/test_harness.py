@@ -1,6 +1,7 @@
 """Downstream tasks from the command line, with the harness' package and without PyTorch."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -101,10 +102,17 @@ def test_groups_shots_and_what_a_text_begins_with(run, tasks, capsys):
         capsys, f"{run}@10", "--tasks", "local_last_word", "--include-path", tasks, "--start", "as-trained"
     )
     assert bos["start"] == "bos" and trained["start"] == "as-trained"
+    half = answer(
+        capsys, run / "imported", "--tasks", "local_last_word", "--include-path", tasks, "--dtype", "bfloat16"
+    )
+    logs = [math.log(each["all"]["local_last_word"]["perplexity,none"]) for each in (bos, half)]
+    assert half["dtype"] == "bfloat16" and logs[0] != logs[1] and logs[0] == pytest.approx(logs[1], rel=0.02)
     (run / "evaluations/00000010-local_last_word.json").unlink()
 
 
-def test_the_mark_of_the_training_documents(run):
+def test_the_mark_of_the_training_documents_and_sampled_answers(run):
+    from lm_eval.api.instance import Instance
+
     from tinyllama_jax.config import Mesh
     from tinyllama_jax.evaluate.harness_model import Model
     from tinyllama_jax.generate.load import load
@@ -120,6 +128,12 @@ def test_the_mark_of_the_training_documents(run):
             assert model.tok_encode("the cat", add_special_tokens=False) == text.encode("the cat")
             assert model._encode_pair("the ", "cat")[0] == [first, *text.encode("the")]
             assert model.prefix_token_id == first
+        sampled = {"until": ["\n"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0, "top_p": 0.9}
+        asked = [Instance("generate_until", {}, ("the cat", sampled), i) for i in range(4)]
+        one, two = (Model(loaded, mesh, seed=seed, batch_rows=4).generate_until(asked) for seed in (1, 2))
+        assert len(set(one)) > 1 and one != two, "the same prompt is answered in several ways"
+        assert one == Model(loaded, mesh, seed=1, batch_rows=4).generate_until(asked)
+        assert all(text and "\n" not in text for text in one)
 
 
 def test_what_cannot_be_evaluated_is_said_in_one_line(run, tasks, tmp_path, capsys):
