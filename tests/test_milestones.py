@@ -39,16 +39,19 @@ def test_the_nearest_milestone():
 def test_own_scores_stand_beside_the_published_ones():
     lines = milestones.beside(500e9, {task: 50.0 + i for i, task in enumerate(COMMON_SENSE)})
     assert [line.split()[0] for line in lines] == [
+        "beside",
         "tokens",
         "this",
-        "TinyLlama",
-        "TinyLlama",
+        *["TinyLlama"] * 2,
         "Pythia-1.0B",
         "(TinyLlama",
     ]
-    assert lines[1].split()[2:] == ["500B", *(f"{50 + i:.2f}" for i in range(7)), "53.00"]
-    assert "240k" in lines[2] and "503B" in lines[2] and lines[2].endswith("48.28") and lines[3].endswith("52.97")
-    assert "–" in milestones.beside(5e8, {"piqa": 60.0})[1]
+    assert lines[2].split()[2:] == ["500B", *(f"{50 + i:.2f}" for i in range(7)), "53.00"]
+    assert "240k" in lines[3] and "503B" in lines[3] and lines[3].endswith("48.28") and lines[4].endswith("52.97")
+    assert "–" in milestones.beside(5e8, {"piqa": 60.0})[2] and milestones.beside(5e8, {"mine": 60.0}) == []
+    solved = milestones.beside(3e12, {"bbh_fewshot": 29.0, "mmlu": 26.0, "humaneval": 1.0, "drop": 2.0})
+    assert "Instruct-Eval" in solved[0] and solved[2].split()[2:] == ["3T", "26.00", "29.00", "1.00", "2.00", "14.50"]
+    assert [line.split()[-1] for line in solved[3:]] == ["19.87", "14.99"], "the nearest is the last"
 
 
 def test_suites_are_the_papers():

@@ -162,9 +162,7 @@ def task_table(value: dict) -> list[str]:
     if value["mean"] is not None and len(value["results"]) > 1:
         lines.append(f"  {'mean':<52}{100 * value['mean']:>9.2f}")
     found = {task: 100 * result["value"] for task, result in value["results"].items()}
-    if found.keys() & set(milestones.COMMON_SENSE):
-        lines += ["beside what was published, 0-shot:", *milestones.beside(value["tokens"], found)]
-    return lines
+    return lines + milestones.beside(value["tokens"], found)
 
 
 def table(value: dict) -> list[str]:

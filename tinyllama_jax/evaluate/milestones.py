@@ -11,7 +11,7 @@ Percent; 0-shot; HellaSwag, OpenBookQA, ARC and PIQA by acc_norm, WinoGrande and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 COMMON_SENSE = ("hellaswag", "openbookqa", "winogrande", "arc_challenge", "arc_easy", "boolq", "piqa")
@@ -104,27 +104,37 @@ SOLVED = (
 CHINESE_V1_1_XNLI_ZH = 33.77  # of v1.1 Chinese: the only Chinese score that could be found, second-hand
 
 
-def nearest(tokens: float) -> Row:
+def nearest(tokens: float, rows: Sequence[Row] = TINYLLAMA) -> Row:
     """The published milestone of the 3T run whose tokens are nearest, by their ratio."""
-    return min(TINYLLAMA, key=lambda row: abs(math.log(row.tokens / max(tokens, 1.0))))
+    return min(rows, key=lambda row: abs(math.log(row.tokens / max(tokens, 1.0))))
 
 
 def beside(tokens: float, values: Mapping[str, float]) -> list[str]:
-    """Lines of a table: one's own scores (percent, by the harness' task names; a missing one is left open) after
-    `tokens` tokens, the published milestones nearest to them, the last one, and Pythia-1.0B."""
-    own = [values.get(task, math.nan) for task in COMMON_SENSE]
-    rows = [("this checkpoint", tokens, own, sum(own) / len(own))]
-    near = nearest(tokens)
-    shown = dict.fromkeys((near, TINYLLAMA[-1], BASELINES[0]))
-    rows += [
-        (f"TinyLlama {row.name}" if row in TINYLLAMA else row.name, row.tokens, row.scores, row.mean) for row in shown
-    ]
-    lines = [f"  {'':<18}{'tokens':>9}" + "".join(f"{TITLES[task]:>11}" for task in COMMON_SENSE) + f"{'mean':>8}"]
-    for name, seen, scores, mean in rows:
-        cells = "".join(f"{_percent(score):>11}" for score in scores)
-        lines.append(f"  {name:<18}{amount(seen):>9}{cells}{_percent(mean):>8}")
-    notes = [f"TinyLlama {row.name}: {row.note}" for row in shown if row.note]
-    return lines + [f"  ({note})" for note in notes]
+    """Lines for one's own scores (percent, by the harness' task names) after `tokens` tokens: a table for common sense
+    and one for problem solving, where there are some, with the published milestones nearest to them, the last one and
+    Pythia-1.0B.  A missing score is left open."""
+    own = {"bbh" if name == "bbh_fewshot" else name: value for name, value in values.items()}
+    lines = []
+    if own.keys() & set(COMMON_SENSE):
+        lines += ["beside what was published, 0-shot:", *_table(tokens, own, COMMON_SENSE, (*TINYLLAMA, BASELINES[0]))]
+    if own.keys() & set(PROBLEM_SOLVING):
+        lines.append("beside what was published, by Instruct-Eval, which asks and counts otherwise:")
+        lines += _table(tokens, own, PROBLEM_SOLVING, SOLVED)
+    return lines
+
+
+def _table(tokens: float, values: Mapping[str, float], tasks: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """rows: the milestones and one other model behind them."""
+    own = [values.get(task, math.nan) for task in tasks]
+    shown = dict.fromkeys((nearest(tokens, rows[:-1]), *rows[-2:]))
+    cells = [("this checkpoint", tokens, own, sum(own) / len(own))]
+    for row in shown:
+        cells.append((row.name if row is rows[-1] else f"TinyLlama {row.name}", row.tokens, row.scores, row.mean))
+    lines = [f"  {'':<18}{'tokens':>9}" + "".join(f"{TITLES[task]:>11}" for task in tasks) + f"{'mean':>8}"]
+    for name, seen, scores, mean in cells:
+        percents = "".join(f"{_percent(score):>11}" for score in scores)
+        lines.append(f"  {name:<18}{amount(seen):>9}{percents}{_percent(mean):>8}")
+    return lines + [f"  (TinyLlama {row.name}: {row.note})" for row in shown if row.note]
 
 
 def amount(tokens: float) -> str:
