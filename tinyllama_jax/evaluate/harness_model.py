@@ -9,6 +9,7 @@ Text is only ever text here: `<s>` inside a prompt is three characters and not t
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -178,17 +179,34 @@ class Model(TemplateLM):
         batch: int,
     ) -> list[list[int]]:
         """The one place that generates: answers to `prompts`, each until EOS, `ends` or `new_tokens` tokens."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+
+        def on_tokens(emitted: list[int | None]) -> None:
+            for row, token in enumerate(emitted):
+                if not ended[row]:
+                    answers[row] += [] if token is None else [token]
+                    ended[row] = token is None or ends(row, answers[row])
+            if all(ended):
+                raise _AllEnded
+
         sampled = sampling.get("do_sample", False)
-        return sample.generate(
-            self._loaded.params,
-            self._loaded.model,
-            self._execution,
-            prompts,
-            max_new_tokens=new_tokens,
-            temperature=sampling.get("temperature", 0.0) if sampled else 0.0,
-            top_k=int(sampling.get("top_k") or 0) if sampled else 0,
-            top_p=sampling.get("top_p", 1.0) if sampled else 1.0,
-            seed=self._seed + batch,
-            eos_id=self._text.eos_id,
-            ends=ends,
-        )
+        with contextlib.suppress(_AllEnded):
+            sample.generate(
+                self._loaded.params,
+                self._loaded.model,
+                self._execution,
+                prompts,
+                max_new_tokens=new_tokens,
+                temperature=sampling.get("temperature", 0.0) if sampled else 0.0,
+                top_k=int(sampling.get("top_k") or 0) if sampled else 0,
+                top_p=sampling.get("top_p", 1.0) if sampled else 1.0,
+                seed=self._seed + batch,
+                eos_id=self._text.eos_id,
+                on_tokens=on_tokens,
+            )
+        return answers
+
+
+class _AllEnded(Exception):
+    """No row needs another token."""
