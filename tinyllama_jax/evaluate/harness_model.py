@@ -9,7 +9,6 @@ Text is only ever text here: `<s>` inside a prompt is three characters and not t
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tinyllama_jax.config import Execution
 from tinyllama_jax.errors import DataError
-from tinyllama_jax.evaluate.likelihood import Pair, bucket, log_likelihoods
+from tinyllama_jax.evaluate.likelihood import Pair, log_likelihoods
 from tinyllama_jax.generate import sample
 from tinyllama_jax.generate.load import Loaded
 
@@ -153,60 +152,38 @@ class Model(TemplateLM):
                 "set generation_kwargs.max_gen_toks in a copy of the task"
             )
         encoded = [self.tok_encode(prompt)[-room:] for prompt in prompts]
+        # The longest first: neighbours are of one bucket of lengths.
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)
 
-        def text_of(ids: list[int]) -> str:
-            return self._text.decode(ids)
+        def ends(ids: list[int]) -> bool:
+            text = self._text.decode(ids)
+            return any(stop in text for stop in until if stop)
 
-        for number, begin in enumerate(range(0, len(order), self._rows)):
-            batch = order[begin : begin + self._rows]
-            # Rows that fill the batch and its length up keep the number of programs small; they end at once.
-            fill = [[self._text.bos_id] * min(bucket(len(encoded[batch[0]]), self.max_length), room)]
-            rows = [encoded[i] for i in batch] + fill * (self._rows + 1 - len(batch))
-
-            def ends(row: int, ids: list[int], count: int = len(batch)) -> bool:
-                return row >= count or any(stop in text_of(ids) for stop in until if stop)
-
-            for i, ids in zip(batch, self._generate(rows, new, sampling, ends, number), strict=False):
-                yield i, postprocess_generated_text(text_of(ids), until, None)
+        for i, ids in zip(order, self._generate([encoded[i] for i in order], new, sampling, ends), strict=True):
+            yield i, postprocess_generated_text(self._text.decode(ids), until, None)
 
     def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        sampling: dict,
-        ends: Callable[[int, list[int]], bool],
-        batch: int,
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: dict, ends: Callable[[list[int]], bool]
     ) -> list[list[int]]:
         """The one place that generates: answers to `prompts`, each until EOS, `ends` or `new_tokens` tokens."""
         answers: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
 
-        def on_tokens(emitted: list[int | None]) -> None:
-            for row, token in enumerate(emitted):
-                if not ended[row]:
-                    answers[row] += [] if token is None else [token]
-                    ended[row] = token is None or ends(row, answers[row])
-            if all(ended):
-                raise _AllEnded
+        def on_tokens(row: int, tokens: list[int]) -> bool:
+            answers[row] += tokens
+            return ends(answers[row])
 
         sampled = sampling.get("do_sample", False)
-        with contextlib.suppress(_AllEnded):
-            sample.generate(
-                self._loaded.params,
-                self._loaded.model,
-                self._execution,
-                prompts,
-                max_new_tokens=new_tokens,
-                temperature=sampling.get("temperature", 0.0) if sampled else 0.0,
-                top_k=int(sampling.get("top_k") or 0) if sampled else 0,
-                top_p=sampling.get("top_p", 1.0) if sampled else 1.0,
-                seed=self._seed + batch,
-                eos_id=self._text.eos_id,
-                on_tokens=on_tokens,
-            )
-        return answers
-
-
-class _AllEnded(Exception):
-    """No row needs another token."""
+        return sample.generate(
+            self._loaded.params,
+            self._loaded.model,
+            self._execution,
+            prompts,
+            max_new_tokens=new_tokens,
+            temperature=sampling.get("temperature", 0.0) if sampled else 0.0,
+            top_k=int(sampling.get("top_k") or 0) if sampled else 0,
+            top_p=sampling.get("top_p", 1.0) if sampled else 1.0,
+            seed=self._seed,
+            eos_id=self._text.eos_id,
+            rows=self._rows,
+            on_tokens=on_tokens,
+        )
