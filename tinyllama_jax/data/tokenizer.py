@@ -81,6 +81,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._ids(text).tolist()
 
+    def encode_plain(self, text: str) -> list[int]:
+        """As `encode`, where also the added tokens that a tokenizer.json does not call special stay text."""
+        return self._backend.encode_plain(text).tolist()
+
     def encode_document(self, text: str, marks: Marks) -> np.ndarray:
         """int32 [tokens]: the text with BOS before and/or EOS after it."""
         if marks not in ("eos", "bos", "both", "none"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -32,6 +33,9 @@ class SentencePieceBackend:
 
     def encode(self, text: str) -> np.ndarray:
         return self.sp.encode(text, out_type="numpy")
+
+    def encode_plain(self, text: str) -> np.ndarray:
+        return self.encode(text)
 
     def all_pieces(self) -> list[str]:
         return [self.sp.id_to_piece(i) for i in range(self.vocab_size)]
@@ -88,6 +92,21 @@ class JsonBackend:
         bare, whole = (self.tokenizer.encode("a", add_special_tokens=more).ids for more in (False, True))
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         return whole[:at]
+
+    def encode_plain(self, text: str) -> np.ndarray:
+        return np.array(self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same, but every added token counts as special, so that none is looked for in a text."""
+        if self.added == self.special:
+            return self.tokenizer
+        added = [token | {"special": True} for token in self.spec["added_tokens"]]
+        plain = tokenizers.Tokenizer.from_str(json.dumps(self.spec | {"added_tokens": added}))
+        plain.no_truncation()
+        plain.no_padding()
+        plain.encode_special_tokens = True
+        return plain
 
     def all_pieces(self) -> list[str]:
         return list(self.pieces.values())
