@@ -78,6 +78,8 @@ def starts() -> list[Command]:
         "eval": ("nowhere",),
         "score": ("nowhere", "--tokens", "rows.npy"),
         "generate": ("nowhere", "--prompt", "The"),
+        "chat": ("nowhere",),
+        "serve": ("nowhere",),
         "export": ("hf", "nowhere", "--out", "hf"),
         "import": ("hf", "nowhere", "--out", "ckpt"),
         "inspect": ("nowhere",),

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from tinyllama_jax import __version__, verbs
+from tinyllama_jax.cli_chat import add_chat
 from tinyllama_jax.cli_evaluate import add_evaluate
 from tinyllama_jax.cli_generate import add_generate
 from tinyllama_jax.cli_interop import add_interop
@@ -23,6 +24,7 @@ from tinyllama_jax.cli_launch import LAUNCH_STEPS, add_launch
 from tinyllama_jax.cli_measure import add_measure
 from tinyllama_jax.cli_prepare import PREPARE_STEPS, add_prepare
 from tinyllama_jax.cli_runs import add_runs
+from tinyllama_jax.cli_serve import add_serve
 from tinyllama_jax.cli_sweep import add_sweep
 from tinyllama_jax.configio import nearest
 from tinyllama_jax.errors import UserError
@@ -191,6 +193,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_evaluate(verb, as_json, dtype)
     add_generate(verb, as_json, dtype)
+    add_chat(verb, as_json, dtype)
+    add_serve(verb, as_json, dtype)
     add_interop(verb, as_json)
 
     sub = verb(
