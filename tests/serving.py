@@ -1,4 +1,4 @@
-"""A server in this process, on a port of its own, with an engine that has no model; a client that is connected to it."""
+"""A server in this process, with an engine that has no model, on a port of its own; and a client of it."""
 
 from __future__ import annotations
 

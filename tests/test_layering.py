@@ -35,6 +35,7 @@ ONE_HOME = {
     "torch": {"interop.torch_files"},
     "datatrove": {"data.datatrove_adapter"},
     "lm_eval": {"evaluate.harness", "evaluate.harness_model", "evaluate.harness_tasks"},
+    "aiohttp": {"serve.app", "serve.run"},
     **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.adapters"}),
 }
 BELOW_TRAIN = {"model", "attention", "loss", "optim", "data", "schedules", "presets", "flops", "sharding"}
