@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import threading
 
 import aiohttp
@@ -256,3 +257,10 @@ def test_wrong_options_are_refused_in_a_line(words, status, line, capsys):
     assert main(["serve", "nowhere", *words]) == status
     said = capsys.readouterr().err
     assert line in said and said.count("\n") == 1
+
+
+def test_a_missing_package_is_named_with_the_way_to_get_it(capsys, monkeypatch, tmp_path):
+    (tmp_path / "meta.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    assert main(["serve", str(tmp_path)]) == 78
+    assert capsys.readouterr().err == "tinyllama serve: serve needs aiohttp: pip install 'tinyllama_jax[serve]'\n"
