@@ -1,8 +1,9 @@
 """Text as it grows: whole characters, spaces kept, stop strings found wherever tokens are cut."""
 
+import numpy as np
 import pytest
 
-from tinyllama_jax.data.tokenizer import Tokenizer
+from tinyllama_jax.data.tokenizer import Tokenizer, write_tokenizer_json
 from tinyllama_jax.generate.text import Text
 
 
@@ -48,3 +49,14 @@ def test_what_only_begins_like_a_stop_string_is_held_back_and_told(tokenizer):
     got = [text.add([i]) for i in tokenizer.encode("xABCx AB")]
     assert "".join(got) == "xABCx " and not text.stopped
     assert text.finish() == "AB" and "ABC" not in got
+
+
+def test_a_text_does_not_depend_on_how_its_tokens_arrived(tokenizer, tmp_path):
+    """Bytes in any order: most are no characters."""
+    fast = Tokenizer.load(write_tokenizer_json(tokenizer.files[0], tmp_path / "tokenizer.json"))
+    ids = np.random.default_rng(0).integers(3, fast.vocab_size, 300).tolist()
+    texts = set()
+    for size in (1, 2, 7, 300):
+        text = Text(fast, [fast.bos_id])
+        texts.add("".join(text.add(ids[i : i + size]) for i in range(0, 300, size)) + text.finish())
+    assert len(texts) == 1

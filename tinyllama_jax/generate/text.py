@@ -25,10 +25,14 @@ class Text:
         self.stopped = False  # a stop string was met; the text ends before it
 
     def add(self, tokens: Sequence[int]) -> str:
-        """The text that is certain now; empty once a stop string was met."""
+        """The text that is certain now; empty once a stop string was met.  Token by token, for some decoders take back
+        what they said of bytes when more follow: so a text does not depend on how its tokens arrived."""
+        return "".join(map(self._add, tokens))
+
+    def _add(self, token: int) -> str:
         if self.stopped:
             return ""
-        self._ids.extend(tokens)
+        self._ids.append(token)
         before = self._tokenizer.decode(self._ids[self._from : self._to])
         text = self._tokenizer.decode(self._ids[self._from :])
         if text.endswith(INCOMPLETE):
