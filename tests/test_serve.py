@@ -3,16 +3,22 @@
 The engine has no model here; test_serve_process.py does it with a whole program.
 """
 
+import argparse
 import asyncio
+import contextlib
+import json
 import os
 import signal
 import socket
 import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 
 import aiohttp
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import BOS, Bytes, FakeEngine
 from serving import CHAT, chunks, post, serving, start, stats, until
 from test_serve_api import CHATS, COMPLETIONS, chat_prompt, expected
 
@@ -264,3 +270,57 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(capsys, monkeypatch, 
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     assert main(["serve", str(tmp_path)]) == 78
     assert capsys.readouterr().err == "tinyllama serve: serve needs aiohttp: pip install 'tinyllama_jax[serve]'\n"
+
+
+def test_the_verb_serves_until_its_engine_breaks(capsys, monkeypatch, tmp_path):
+    """From the options to the exit: a model's place is taken by an engine without one."""
+    (tmp_path / "meta.json").write_text("{}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    engine = FakeEngine(rows=3, context_tokens=50)
+    loaded = argparse.Namespace(meta={"name": "tiny"}, model=argparse.Namespace(vocab_size=259))
+    made = argparse.Namespace(
+        engine=engine, tokenizer=Bytes(), start=(BOS,), loaded=loaded, inside=contextlib.nullcontext
+    )
+    monkeypatch.setattr("tinyllama_jax.generate.ready.ready", lambda *given, **options: made)
+    monkeypatch.setenv("A_KEY", "secret")
+    answers = []
+
+    def ask(prompt):
+        body = json.dumps({"prompt": prompt}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+        try:
+            return urllib.request.urlopen(asked, timeout=20).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def client():
+        while True:
+            with contextlib.suppress(urllib.error.URLError):  # it is not there yet
+                answers.append(ask("a"))
+                break
+            time.sleep(0.02)
+        answers.append(ask("!"))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        main(["serve", str(tmp_path), "--host", "0.0.0.0", "--port", str(port), "--json", "--api-key-env", "A_KEY"])
+    thread.join()
+    assert answers == [200, 500]
+    out, err = capsys.readouterr()
+    about = json.loads(out)
+    assert (about["port"], about["model"], about["template"]) == (port, "tiny", None)
+    said = err.splitlines()
+    assert len(said) == 3 and "warning" not in err
+    assert "no chat" in said[0] and f"tiny at http://0.0.0.0:{port}/v1: 8 rows of 50 tokens, no chat" == said[1]
+    assert said[2].startswith("the engine failed, and the server ends: RuntimeError")
+
+
+def test_an_open_door_is_warned_of(capsys, monkeypatch, tmp_path):
+    (tmp_path / "meta.json").write_text("{}")
+    for words, warned in ((("--host", "0.0.0.0"), True), ((), False), (("--host", "localhost"), False)):
+        assert main(["serve", str(tmp_path), *words]) == 78, "there is no model"
+        assert ("can be reached from elsewhere, and no key is asked for" in capsys.readouterr().err) is warned

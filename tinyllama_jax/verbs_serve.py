@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 
-from tinyllama_jax.errors import ConfigError, UsageError
+from tinyllama_jax.errors import ConfigError, UsageError, UserError
 from tinyllama_jax.terminal import say
 from tinyllama_jax.train import saved
 
@@ -54,20 +54,25 @@ def serve(args: argparse.Namespace) -> None:
         context_tokens=made.engine.context_tokens,
         vocab_size=made.loaded.model.vocab_size,
     )
-    asyncio.run(
-        run.serve(
-            made.engine,
-            served,
-            host=host,
-            port=args.port,
-            waiting=args.queue,
-            grace=args.grace,
-            limits=Limits(body_bytes=args.max_body),
-            key=key,
-            inside=made.inside,
-            started=started,
-        )
+    serving = run.serve(
+        made.engine,
+        served,
+        host=host,
+        port=args.port,
+        waiting=args.queue,
+        grace=args.grace,
+        limits=Limits(body_bytes=args.max_body),
+        key=key,
+        inside=made.inside,
+        started=started,
     )
+    try:
+        asyncio.run(serving)
+    except UserError:
+        raise
+    except Exception as error:
+        say(f"the engine failed, and the server ends: {type(error).__name__}; whoever waited was answered with 500")
+        raise
     say("stopped")
 
 
