@@ -61,6 +61,8 @@ def test_more_than_there_is_room_for_is_asked_to_come_again():
             async with client.post(COMPLETIONS, json={"prompt": "a"}) as response:
                 assert response.status == 429 and int(response.headers["Retry-After"]) > 0
                 assert (await response.json())["error"]["code"] == "queue_full"
+            async with client.post(COMPLETIONS, json={"prompt": ["a"] * 100_000, "n": 128}) as response:
+                assert response.status == 400 and "12800000 answers" in await response.text()
             first.cancel()  # its client hangs up
             found = await until(client, running_or_waiting=0, in_engine=0)
             assert found["cancelled"] == 5
@@ -88,27 +90,47 @@ def test_a_client_that_hangs_up_frees_its_row(streaming):
     asyncio.run(scenario())
 
 
-def test_a_client_that_does_not_read_is_cut_off():
+async def deaf(client, body: dict):
+    """A connection that has sent a request, and reads no more than the first line of the answer."""
+    address = client._base_url
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect((address.host, address.port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+    data = json.dumps(body).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    writer.write(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+    return reader, writer
+
+
+def test_a_client_that_does_not_read_a_stream_is_cut_off():
     """When a connection's buffers are full, it has some time to read; then its rows are freed."""
 
     async def scenario():
         engine = FakeEngine(rows=129, context_tokens=1000, seconds=0.002)
         async with serving(engine, write_seconds=0.4) as (client, _):
-            address = client._base_url
-            sock = socket.socket()
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.connect((address.host, address.port))
-            reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
-            body = b'{"prompt": "a", "n": 128, "max_tokens": 900, "stream": true}'
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+            reader, writer = await deaf(client, {"prompt": "a", "n": 128, "max_tokens": 900, "stream": True})
             assert (await post(client, CHATS, CHAT | {"max_tokens": 2}))[0] == 200, "others are answered"
             await until(client, in_engine=0, running_or_waiting=0, cancelled=128)
             rest = await reader.read()
             assert b"data: " in rest and b"[DONE]" not in rest and not rest.endswith(b"0\r\n\r\n"), (
                 "and no whole stream"
             )
+            writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_does_not_read_an_answer_is_cut_off():
+    async def scenario():
+        async with serving(FakeEngine(context_tokens=100_000), write_seconds=0.3) as (client, _):
+            before = len(os.listdir("/proc/self/fd"))
+            said = {"prompt": "a" * 90_000, "n": 60, "max_tokens": 1, "echo": True}
+            _, writer = await deaf(client, said)
+            async with asyncio.timeout(10):
+                while len(os.listdir("/proc/self/fd")) > before + 1:  # the server's end is closed
+                    await asyncio.sleep(0.05)
             writer.close()
 
     asyncio.run(scenario())

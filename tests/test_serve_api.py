@@ -88,7 +88,7 @@ def test_chat_completions():
 @pytest.mark.parametrize("block", [1, 5])
 def test_streams_say_the_same_in_pieces(block):
     async def scenario():
-        async with serving(FakeEngine(block=block)) as (client, _):
+        async with serving(FakeEngine(block=block, seconds=0.002)) as (client, _):
             asked = CHAT | {"n": 3, "seed": 5, "stop": ["zz"], "max_tokens": 20}
             _, whole = await post(client, CHATS, asked)
             streaming = asked | {"stream": True, "stream_options": {"include_usage": True}}
@@ -102,7 +102,7 @@ def test_streams_say_the_same_in_pieces(block):
                 assert own[0]["delta"] == {"role": "assistant", "content": ""}
                 assert "".join(c["delta"].get("content", "") for c in own) == choice["message"]["content"]
                 assert [c["finish_reason"] for c in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
-                assert len(own) > 3
+                assert len(own) > 1
 
             asked = {"prompt": "ab", "max_tokens": 10, "echo": True, "seed": 2}
             async with client.post(COMPLETIONS, json=asked | {"stream": True}) as response:

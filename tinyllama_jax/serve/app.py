@@ -13,7 +13,7 @@ import hmac
 import secrets
 import time
 import traceback
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, replace
 
 from aiohttp import hdrs, web
@@ -29,6 +29,7 @@ from tinyllama_jax.serve.replies import DONE, Reply, event, usage
 from tinyllama_jax.serve.worker import INTERNAL, STOPPING, Worker
 
 COMPLETION_TOKENS = 16  # of a completion that says no max_tokens, as OpenAI's
+BEHIND = 16  # tokens of a prompt that its answer is decoded behind; as good as all, and soon done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class _Choice:
     """One answer: its text as tokens arrive, and how it ended."""
 
     def __init__(self, served: Served, request: Request, stop: Sequence[str]):
-        self.text = Text(served.tokenizer, request.prompt, stop)
+        self.text = Text(served.tokenizer, request.prompt[-BEHIND:], stop)
         self.tokens, self.reason = 0, None
 
     def feed(self, tokens: list[int], finish: str | None) -> str:
@@ -187,6 +188,7 @@ class App:
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         asked = api.completion(await self._body(request), secrets.randbits(32))
         self._known(asked.options.model)
+        self.worker.admit(len(asked.prompts) * asked.options.n)
         prompts = [self._prompt(prompt) for prompt in asked.prompts]
         echoes = [self._text(prompt) if asked.echo else "" for prompt in asked.prompts]
         requests = self._requests(prompts, asked.options, COMPLETION_TOKENS, (self.served.tokenizer.eos_id,))
@@ -195,6 +197,7 @@ class App:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         asked = api.chat_completion(await self._body(request), secrets.randbits(32))
         self._known(asked.options.model)
+        self.worker.admit(asked.options.n)
         chat = self.served.chat
         if chat is None:
             raise Refused(400, "this model has no chat template; its owner can start the server with --template")
@@ -260,7 +263,10 @@ class App:
                 for i, text, _ in news:
                     texts[i] += text
             answers = [(text, choice.reason) for text, choice in zip(texts, choices, strict=True)]
-            return web.json_response(reply.whole(answers, used()))
+            response = web.json_response(reply.whole(answers, used()))
+            await response.prepare(request)
+            await self._in_time(request, response.write_eof())
+            return response
         finally:
             job.cancel()
 
@@ -291,25 +297,26 @@ class App:
             opening = [reply.opening(i) for i in range(len(echoes))]
             opening += [reply.piece(i, text, None) for i, text in enumerate(echoes) if text]
             if data := b"".join(event(each | extra) for each in opening if each):
-                await self._write(request, response, data)
+                await self._in_time(request, response.write(data))
             while news is not None:
                 if data := b"".join(event(reply.piece(*each) | extra) for each in news):
-                    await self._write(request, response, data)
+                    await self._in_time(request, response.write(data))
                 news = await anext(pieces, None)
             if options.include_usage:
-                await self._write(request, response, event(reply.closing(used())))
-            await self._write(request, response, DONE)
+                await self._in_time(request, response.write(event(reply.closing(used()))))
+            await self._in_time(request, response.write(DONE))
         except Refused as refused:
             if not response.prepared:
                 raise
-            await self._write(request, response, event(refused.body()))
-        await response.write_eof()
+            await self._in_time(request, response.write(event(refused.body())))
+        await self._in_time(request, response.write_eof())
         return response
 
-    async def _write(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    async def _in_time(self, request: web.Request, writing: Awaitable[None]) -> None:
+        """Waits for what is written, which is at once until the buffers are full; cuts off who does not read."""
         try:
             async with asyncio.timeout(self.limits.write_seconds):
-                await response.write(data)  # returns at once until the buffers are full
+                await writing
         except TimeoutError:
             with contextlib.suppress(AttributeError):  # it has gone by itself
                 request.transport.abort()

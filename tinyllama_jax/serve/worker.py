@@ -112,16 +112,20 @@ class Worker:
 
     # -- the loop's thread -------------------------------------------------------------------------------------
 
-    def submit(self, requests: Sequence[Request]) -> Job:
+    def admit(self, rows: int) -> None:
         """Raises Refused: 400 for more rows than ever fit, 429 when the queue is full, 503 at the end."""
         if self.failure is not None:
             raise Refused(500, INTERNAL)
         if self._stopping:
             raise Refused(503, STOPPING)
-        if len(requests) > self.capacity:
-            raise Refused(400, f"{len(requests)} answers at once are asked for; this server has {self.capacity} places")
-        if len(self.open) + len(requests) > self.capacity:
+        if rows > self.capacity:
+            raise Refused(400, f"{rows} answers at once are asked for; this server has {self.capacity} places")
+        if len(self.open) + rows > self.capacity:
             raise Refused(429, f"all {self.capacity} places are taken; ask again later", code="queue_full")
+
+    def submit(self, requests: Sequence[Request]) -> Job:
+        """Raises Refused as `admit` does."""
+        self.admit(len(requests))
         job = Job(self, requests)
         for row in job.rows:
             self.open.add(row)
