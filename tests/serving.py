@@ -29,7 +29,7 @@ def served(engine, *, chat: bool = True) -> Served:
 
 
 def start(
-    engine, *, chat=True, key="", waiting=256, grace=5.0, port=0, **limits
+    engine, *, chat=True, key="", waiting=256, grace=60.0, port=0, **limits
 ) -> tuple[asyncio.Task, asyncio.Future]:
     """The server as a task, and its address to come."""
     address = asyncio.get_running_loop().create_future()
@@ -84,7 +84,7 @@ async def stats(client) -> dict:
         return await response.json()
 
 
-async def until(client, seconds: float = 5.0, **wanted) -> dict:
+async def until(client, seconds: float = 20.0, **wanted) -> dict:
     """/stats, as soon as it says this."""
     async with asyncio.timeout(seconds):
         while True:

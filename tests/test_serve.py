@@ -108,9 +108,9 @@ def test_a_client_that_does_not_read_a_stream_is_cut_off():
     """When a connection's buffers are full, it has some time to read; then its rows are freed."""
 
     async def scenario():
-        engine = FakeEngine(rows=129, context_tokens=1000, seconds=0.002)
+        engine = FakeEngine(rows=129, context_tokens=10_000, seconds=0.002)
         async with serving(engine, write_seconds=0.4) as (client, _):
-            reader, writer = await deaf(client, {"prompt": "a", "n": 128, "max_tokens": 900, "stream": True})
+            reader, writer = await deaf(client, {"prompt": "a", "n": 128, "max_tokens": 5000, "stream": True})
             assert (await post(client, CHATS, CHAT | {"max_tokens": 2}))[0] == 200, "others are answered"
             await until(client, in_engine=0, running_or_waiting=0, cancelled=128)
             rest = await reader.read()
@@ -191,7 +191,7 @@ def test_sigterm_lets_answers_end_and_takes_no_more():
                 assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == text
             for status, value in await asyncio.gather(*waiting):
                 assert status == 200 and value["choices"][0]["message"]["content"] == text
-            await asyncio.wait_for(task, 5)
+            await asyncio.wait_for(task, 20)
             with pytest.raises(aiohttp.ClientConnectionError):
                 await client.get("/health")
 
@@ -215,7 +215,7 @@ def test_after_the_grace_or_a_second_signal_answers_are_cut(twice):
             assert status == 503 and value["error"]["type"] == "server_error"
             *_, last = await chunks(stream)
             assert "stopping" in last["error"]["message"], "a whole stream, which says that it was cut"
-            await asyncio.wait_for(task, 5)
+            await asyncio.wait_for(task, 20)
 
     asyncio.run(scenario())
 
@@ -264,7 +264,7 @@ def test_a_signal_before_the_first_answer_ends_it():
         task, address = start(FakeEngine(seconds=0.2))
         await asyncio.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 20)
         assert not address.done()
 
     asyncio.run(scenario())
