@@ -9,13 +9,16 @@ from scipy import stats
 
 from tinyllama_jax.config import Execution, Mesh, replace
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.generate import sample, speculative
+from tinyllama_jax.generate import sample, sampling, speculative, speculative_round
 from tinyllama_jax.generate import speculative_rule as rule
 from tinyllama_jax.generate.load import Loaded
+from tinyllama_jax.generate.sampling import Sampling
 from tinyllama_jax.model import transformer
 from tinyllama_jax.sharding import make_mesh
 
-MODEL = quick().model
+MODEL = replace(quick().model, layers=1)
+SMALL = replace(MODEL, vocab_size=16, d_model=16, heads=2, kv_heads=1, d_ff=32)
+GREEDY = Sampling(temperature=0)
 
 
 def loaded(model, seed, scale=3.0):
@@ -26,38 +29,37 @@ def loaded(model, seed, scale=3.0):
 
 def perturbed(of, seed, size):
     """The same model with other weights by `size` of their own spread."""
-    leaves, tree = jax.tree.flatten(of.params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [p + size * jnp.std(p) * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return Loaded(None, of.model, jax.tree.unflatten(tree, noisy), {})
+    draw = np.random.default_rng(seed)
+    noisy = lambda p: p + (size * np.std(p) * draw.standard_normal(p.shape)).astype(np.float32)  # noqa: E731
+    return replace(of, params=jax.tree.map(lambda p: jax.device_put(noisy(np.asarray(p)), p.sharding), of.params))
 
 
-@pytest.fixture(scope="module", params=[1, 8])
-def pair(request):
-    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[: request.param])):
+def on(devices):
+    return jax.set_mesh(make_mesh(Mesh(), jax.devices()[:devices]))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with on(1):
         target = loaded(MODEL, 1)
         yield target, perturbed(target, 2, 0.02)
 
 
-@pytest.fixture
-def one_device():
-    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        yield
-
-
-def ragged(rows, longest, seed=0):
+def ragged(rows, longest, seed=0, vocab=MODEL.vocab_size):
     draw = np.random.default_rng(seed)
-    return [draw.integers(0, MODEL.vocab_size, draw.integers(1, longest + 1)).tolist() for _ in range(rows)]
+    return [draw.integers(0, vocab, draw.integers(1, longest + 1)).tolist() for _ in range(rows)]
 
 
 def plain(target, prompts, **options):
-    options = {"max_new_tokens": 24, "temperature": 0.0} | options
+    options = {"max_new_tokens": 24, "temperature": 0.0, "rows": len(prompts)} | options
     return sample.generate(target.params, target.model, Execution(), prompts, **options)
 
 
 def speculate(target, draft, prompts, **options):
-    options = {"max_new_tokens": 24, "temperature": 0.0} | options
-    return speculative.speculate(target, draft, prompts, **options)
+    return speculative.speculate(target, draft, prompts, **{"max_new_tokens": 24, "how": GREEDY} | options)
+
+
+# -- greedy: the same tokens -------------------------------------------------------------------------------
 
 
 def test_greedy_answers_are_those_of_plain_decoding(pair):
@@ -65,4 +67,162 @@ def test_greedy_answers_are_those_of_plain_decoding(pair):
     prompts = ragged(200, 40)
     found = speculate(target, draft, prompts)
     assert found.answers == plain(target, prompts)
-    assert 0.2 < found.acceptance_rate < 0.9
+    assert 0.2 < found.acceptance_rate < 0.8 and found.rounds < found.tokens / 2
+    assert found.accepted <= found.judged <= found.proposed and found.overlap == found.accepted and found.variance == 0
+
+
+def test_a_draft_that_is_the_target_is_always_right(pair):
+    target, _ = pair
+    found = speculate(target, target, ragged(200, 40), max_new_tokens=25)
+    assert found.accepted == found.proposed == 200 * 20
+    assert found.tokens_per_round == 5 and found.calls == 5
+
+
+def test_a_hopeless_draft_changes_nothing_but_the_number_of_rounds(pair):
+    target, _ = pair
+    prompts = ragged(200, 40)
+    found = speculate(target, loaded(MODEL, 9), prompts)
+    assert found.answers == plain(target, prompts) and found.acceptance_rate < 0.05
+
+
+def test_rows_end_where_they_should_and_are_told_in_order(pair):
+    target, draft = pair
+    prompts = ragged(200, 40)
+    free = speculate(target, draft, prompts).answers
+    ends = {free[0][2], free[1][5], free[2][0]}  # behind one, two or more tokens of a round
+    told = [[] for _ in prompts]
+    found = speculate(target, draft, prompts, stop_ids=ends, on_tokens=lambda row, new: told[row].extend(new))
+    assert told == found.answers
+    for answer, whole in zip(found.answers, free, strict=True):
+        stop = next((i + 1 for i, token in enumerate(whole) if token in ends), len(whole))
+        assert answer == whole[:stop]
+    assert found.rounds < 200 * found.calls
+    few = []
+    speculate(target, draft, prompts[:1] * 200, on_tokens=lambda row, new: few.append(row) or row != 3)
+    assert few.count(0) == 1 < few.count(3), "a listener that answers True has heard enough"
+
+
+def test_the_context_is_used_to_its_end_and_never_left(pair):
+    target, draft = pair
+    prompts = [p + [1] * (40 - len(p)) for p in ragged(200, 40)]
+    assert speculate(target, draft, prompts).answers == plain(target, prompts)
+    with pytest.raises(ConfigError, match="context of 64"):
+        speculate(target, draft, [[1] * 41])
+    # A draft of a shorter context guesses no further than it reaches.
+    short = replace(draft, model=replace(MODEL, context_tokens=48))
+    found = speculate(target, short, prompts)
+    assert found.answers == plain(target, prompts)
+    assert found.proposed < speculate(target, draft, prompts).proposed
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [([], {}, "empty"), ([[]], {}, "empty"), ([[512]], {}, "vocabulary of 512"), ([[1]], {"draft_tokens": 0}, "least")],
+)
+def test_wrong_requests_are_refused(pair, prompts, options, message):
+    with pytest.raises(ConfigError, match=message):
+        speculate(*pair, prompts, **options)
+
+
+@pytest.mark.parametrize("vocab", [24, 13])
+def test_vocabularies_of_different_sizes(vocab):
+    """Tokens that one model lacks are never drafted, and prompts may hold them."""
+    with on(8):
+        target = loaded(SMALL, 1)
+        draft = loaded(replace(SMALL, vocab_size=vocab), 1)
+        prompts = ragged(30, 20, vocab=16)
+        found = speculate(target, draft, prompts, max_new_tokens=20)
+        assert found.answers == plain(target, prompts, max_new_tokens=20)
+        assert max(map(max, found.answers)) >= 13
+
+
+# -- sampled: the same distribution ------------------------------------------------------------------------
+
+ROWS, PROMPT = 25_000, (3, 1, 4)
+HOWS = {
+    "temperature": Sampling(temperature=1.2, seed=5),
+    "filters": Sampling(temperature=1.5, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.3, seed=6),
+}
+
+
+def exact(target, how):
+    """float64 [V, V, V]: the probability of each three tokens behind PROMPT, from whole rows without a cache."""
+    V = target.model.vocab_size
+    pairs = np.stack(np.meshgrid(np.arange(V), np.arange(V), indexing="ij"), -1).reshape(-1, 2)
+    tokens = np.concatenate([np.tile(PROMPT, (V * V, 1)), pairs], axis=1).astype(np.int32)
+    logits_BTV = jax.jit(lambda p, t: transformer.logits(p, t, target.model, Execution()))(target.params, tokens)
+    rows, uses = sampling.rows([how] * V * V)
+    p = []
+    for at in range(3):
+        length = len(PROMPT) + at
+        seen = np.zeros((V * V, V), bool)
+        np.put_along_axis(seen, tokens[:, :length], True, axis=1)
+        logits_BV = sampling.penalized(logits_BTV[:, length - 1], seen, jnp.asarray(rows.repetition_penalty))
+        filtered = sampling.filtered(logits_BV, sampling.Rows(*map(jnp.asarray, rows)), uses)
+        p.append(np.asarray(jax.nn.softmax(filtered), np.float64).reshape(V, V, V))
+    return p[0][0, 0][:, None, None] * p[1][:, 0][:, :, None] * p[2]
+
+
+def chance(answers, p):
+    """The smallest p-value of chi-square tests: all three tokens jointly, and each by itself."""
+    counts = np.zeros(p.shape)
+    np.add.at(counts, tuple(np.array(answers).T), 1)
+    values = []
+    for others in ((), (1, 2), (0, 2), (0, 1)):
+        seen, wanted = counts.sum(others).ravel(), p.sum(others).ravel() / p.sum() * counts.sum()
+        if seen[wanted == 0].any():
+            return 0.0  # what cannot be
+        rare = wanted < 5
+        seen, wanted = (np.append(x[~rare], x[rare].sum()) for x in (seen, wanted))
+        seen, wanted = seen[wanted > 0], wanted[wanted > 0]
+        values.append(stats.chisquare(seen, wanted).pvalue)
+    return min(values)
+
+
+@pytest.fixture(scope="module")
+def small():
+    with on(1):
+        yield loaded(SMALL, 1), loaded(replace(SMALL, d_model=32), 2)
+
+
+def sampled(small, name):
+    found = speculate(*small, [PROMPT] * ROWS, max_new_tokens=3, draft_tokens=2, how=HOWS[name])
+    return found, chance(found.answers, exact(small[0], HOWS[name]))
+
+
+@pytest.mark.parametrize("name", HOWS)
+def test_sampled_tokens_are_distributed_as_the_targets(small, name):
+    found, value = sampled(small, name)
+    assert 0.2 < found.acceptance < 0.8 and value > 1e-3
+    assert abs(found.accepted - found.overlap) < rule.interval(found.variance)
+
+
+def test_a_wrong_rule_is_found_out(small, monkeypatch):
+    monkeypatch.setattr(rule, "accepts", lambda u, p, q: u >= 0)
+    speculative_round.functions.cache_clear()
+    found, value = sampled(small, "temperature")
+    speculative_round.functions.cache_clear()
+    assert found.acceptance == 1 and value < 1e-9
+    assert abs(found.accepted - found.overlap) > rule.interval(found.variance)
+
+
+def test_plain_sampling_passes_the_same_test(small):
+    answers = plain(small[0], [PROMPT] * ROWS, max_new_tokens=3, temperature=1.2, seed=5)
+    assert chance(answers, exact(small[0], HOWS["temperature"])) > 1e-3
+
+
+def test_a_row_draws_by_its_seed_and_stream_and_not_by_the_other_rows(small):
+    how = replace(HOWS["temperature"], seed=1)
+    options = {"max_new_tokens": 3, "draft_tokens": 2}
+    all_rows = speculate(*small, [PROMPT] * ROWS, how=how, **options).answers
+    one = [speculate(*small, [PROMPT], how=replace(how, stream=row), **options).answers[0] for row in range(8)]
+    assert one == all_rows[:8] and len(set(map(tuple, one))) > 4
+    assert speculate(*small, [PROMPT] * ROWS, how=replace(how, seed=2), **options).answers != all_rows
+
+
+def test_what_the_papers_predict():
+    assert rule.expected_tokens(0.8, 4) == pytest.approx((1 - 0.8**5) / (1 - 0.8))
+    assert rule.expected_tokens(1, 4) == 5 and rule.expected_tokens(0, 4) == 1
+    # arXiv 2211.17192, table 1: alpha 0.8, gamma 5, c = 0 gives 3.69.
+    assert rule.expected_speed_up(0.8, 5, 0) == pytest.approx(3.69, abs=0.005)
+    assert rule.expected_speed_up(0.6, 2, 0.05) == pytest.approx((1 + 0.6 + 0.36) / 1.1)

@@ -32,21 +32,27 @@ def accepts(u: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
     return u * q < p
 
 
-def draw(p_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """One token per row, int32 [B], of probabilities that need not sum to one."""
-    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
+def draw(p_BV: jax.Array, gumbel_BV: jax.Array) -> jax.Array:
+    """One token per row, int32 [B], of probabilities that need not sum to one, by noise used here alone
+    (jax.random.gumbel); of p that is one token alone, that token, also with noise of 0."""
+    return jnp.argmax(jnp.log(p_BV) + gumbel_BV, axis=-1).astype(jnp.int32)
 
 
-def judge(p_BTV: jax.Array, q_BKV: jax.Array, drafted_BK: jax.Array, usable_B: jax.Array, keys_B: jax.Array) -> Verdict:
+def judge(
+    p_BTV: jax.Array,
+    q_BKV: jax.Array,
+    drafted_BK: jax.Array,
+    usable_B: jax.Array,
+    u_BK: jax.Array,
+    gumbel_BV: jax.Array,
+) -> Verdict:
     """The verdict on K drafted tokens per row, of which row b may use the first usable_B[b].
 
     p_BTV: the target's distributions, T = K + 1; p[:, i] given the row and its first i drafted tokens.
-    q_BKV: the distributions from which drafted_BK was drawn.  keys_B: a key per row, used here alone.
+    q_BKV: the distributions from which drafted_BK was drawn.  u_BK, gumbel_BV: uniform and Gumbel noise.
     """
     K = drafted_BK.shape[1]
     of_drafted = lambda x_BKV: jnp.take_along_axis(x_BKV, drafted_BK[..., None], axis=-1)[..., 0]  # noqa: E731
-    uniform_keys, next_keys = (jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys_B) for i in range(2))
-    u_BK = jax.vmap(lambda key: jax.random.uniform(key, (K,)))(uniform_keys)
     index_K = jnp.arange(K)[None]
     usable_BK = index_K < usable_B[:, None]
     stay_BK = accepts(u_BK, of_drafted(p_BTV[:, :K]), of_drafted(q_BKV)) & usable_BK
@@ -65,7 +71,7 @@ def judge(p_BTV: jax.Array, q_BKV: jax.Array, drafted_BK: jax.Array, usable_B: j
     total = lambda x_BK: jnp.sum(jnp.where(judged_BK, x_BK, 0.0), axis=1)  # noqa: E731
     return Verdict(
         accepted_B,
-        draw(rest_BV, next_keys),
+        draw(rest_BV, gumbel_BV),
         jnp.sum(judged_BK, axis=1),
         total(overlap_BK),
         total(overlap_BK * (1.0 - overlap_BK)),
@@ -88,9 +94,10 @@ def expected_speed_up(acceptance: float, draft_tokens: int, cost: float, verify:
 
 
 def interval(variance: float, chance: float = 1e-4) -> float:
-    """How far the sum of such 0-or-1 draws is from the sum of their probabilities, but for `chance`.
+    """How far a sum of draws in [0, 1] is from the sum of their expectations, but for `chance`.
 
-    Freedman's inequality for martingales with differences of at most 1, Annals of Probability 3 (1975), theorem 1.6:
+    variance: the sum of their variances, each given what was drawn before.  Freedman's inequality for martingales
+    with differences of at most 1, Annals of Probability 3 (1975), theorem 1.6:
     P(|sum| >= t) <= 2 exp(-t^2 / (2 (variance + t / 3))).
     """
     nats = math.log(2 / chance)
