@@ -18,6 +18,7 @@ from tinyllama_jax.sharding import make_mesh
 
 MODEL = replace(quick().model, layers=1)
 SMALL = replace(MODEL, vocab_size=16, d_model=16, heads=2, kv_heads=1, d_ff=32)
+SHORT = replace(MODEL, context_tokens=48)  # a draft of a shorter context guesses no further than it reaches
 GREEDY = Sampling(temperature=0)
 
 
@@ -42,7 +43,7 @@ def on(devices):
 def pair():
     with on(1):
         target = loaded(MODEL, 1)
-        yield target, perturbed(target, 2, 0.02)
+        yield target, perturbed(replace(target, model=SHORT), 2, 0.02)
 
 
 def ragged(rows, longest, seed=0, vocab=MODEL.vocab_size):
@@ -73,7 +74,7 @@ def test_greedy_answers_are_those_of_plain_decoding(pair):
 
 def test_a_draft_that_is_the_target_is_always_right(pair):
     target, _ = pair
-    found = speculate(target, target, ragged(200, 40), max_new_tokens=25)
+    found = speculate(target, replace(target, model=SHORT), ragged(200, 20), max_new_tokens=25)
     assert found.accepted == found.proposed == 200 * 20
     assert found.tokens_per_round == 5 and found.calls == 5
 
@@ -81,7 +82,7 @@ def test_a_draft_that_is_the_target_is_always_right(pair):
 def test_a_hopeless_draft_changes_nothing_but_the_number_of_rounds(pair):
     target, _ = pair
     prompts = ragged(200, 40)
-    found = speculate(target, loaded(MODEL, 9), prompts)
+    found = speculate(target, loaded(SHORT, 9), prompts)
     assert found.answers == plain(target, prompts) and found.acceptance_rate < 0.05
 
 
@@ -105,14 +106,12 @@ def test_rows_end_where_they_should_and_are_told_in_order(pair):
 def test_the_context_is_used_to_its_end_and_never_left(pair):
     target, draft = pair
     prompts = [p + [1] * (40 - len(p)) for p in ragged(200, 40)]
-    assert speculate(target, draft, prompts).answers == plain(target, prompts)
+    found = speculate(target, draft, prompts)
+    assert found.answers == plain(target, prompts)
+    # What was proposed lies within the draft's 48 tokens, or is the one behind them.
+    assert found.proposed < 200 * 5 * 9 and found.calls >= 1 + 64 - 49
     with pytest.raises(ConfigError, match="context of 64"):
         speculate(target, draft, [[1] * 41])
-    # A draft of a shorter context guesses no further than it reaches.
-    short = replace(draft, model=replace(MODEL, context_tokens=48))
-    found = speculate(target, short, prompts)
-    assert found.answers == plain(target, prompts)
-    assert found.proposed < speculate(target, draft, prompts).proposed
 
 
 @pytest.mark.parametrize(
@@ -127,11 +126,10 @@ def test_wrong_requests_are_refused(pair, prompts, options, message):
 @pytest.mark.parametrize("vocab", [24, 13])
 def test_vocabularies_of_different_sizes(vocab):
     """Tokens that one model lacks are never drafted, and prompts may hold them."""
-    with on(8):
-        target = loaded(SMALL, 1)
-        draft = loaded(replace(SMALL, vocab_size=vocab), 1)
+    with on(1):
+        target, draft = loaded(SMALL, 1), loaded(replace(SMALL, vocab_size=vocab), 1)
         prompts = ragged(30, 20, vocab=16)
-        found = speculate(target, draft, prompts, max_new_tokens=20)
+        found = speculate(target, draft, prompts, max_new_tokens=20, draft_tokens=2)
         assert found.answers == plain(target, prompts, max_new_tokens=20)
         assert max(map(max, found.answers)) >= 13
 
@@ -150,7 +148,7 @@ def exact(target, how):
     V = target.model.vocab_size
     pairs = np.stack(np.meshgrid(np.arange(V), np.arange(V), indexing="ij"), -1).reshape(-1, 2)
     tokens = np.concatenate([np.tile(PROMPT, (V * V, 1)), pairs], axis=1).astype(np.int32)
-    logits_BTV = jax.jit(lambda p, t: transformer.logits(p, t, target.model, Execution()))(target.params, tokens)
+    logits_BTV = transformer.logits(target.params, jnp.asarray(tokens), target.model, Execution())
     rows, uses = sampling.rows([how] * V * V)
     p = []
     for at in range(3):
@@ -182,7 +180,8 @@ def chance(answers, p):
 @pytest.fixture(scope="module")
 def small():
     with on(1):
-        yield loaded(SMALL, 1), loaded(replace(SMALL, d_model=32), 2)
+        target = loaded(SMALL, 1, scale=2.0)
+        yield target, perturbed(target, 2, 0.7)
 
 
 def sampled(small, name):
@@ -206,18 +205,14 @@ def test_a_wrong_rule_is_found_out(small, monkeypatch):
     assert abs(found.accepted - found.overlap) > rule.interval(found.variance)
 
 
-def test_plain_sampling_passes_the_same_test(small):
-    answers = plain(small[0], [PROMPT] * ROWS, max_new_tokens=3, temperature=1.2, seed=5)
-    assert chance(answers, exact(small[0], HOWS["temperature"])) > 1e-3
-
-
 def test_a_row_draws_by_its_seed_and_stream_and_not_by_the_other_rows(small):
-    how = replace(HOWS["temperature"], seed=1)
-    options = {"max_new_tokens": 3, "draft_tokens": 2}
-    all_rows = speculate(*small, [PROMPT] * ROWS, how=how, **options).answers
-    one = [speculate(*small, [PROMPT], how=replace(how, stream=row), **options).answers[0] for row in range(8)]
-    assert one == all_rows[:8] and len(set(map(tuple, one))) > 4
-    assert speculate(*small, [PROMPT] * ROWS, how=replace(how, seed=2), **options).answers != all_rows
+    how, options = HOWS["temperature"], {"max_new_tokens": 3, "draft_tokens": 2}
+    alike = speculate(*small, [PROMPT] * ROWS, how=how, **options).answers
+    among_others = speculate(*small, [PROMPT] * 100 + [(7,)] * (ROWS - 100), how=how, **options).answers
+    assert among_others[:100] == alike[:100] and len(set(map(tuple, alike[:100]))) > 20
+    shifted = speculate(*small, [PROMPT] * ROWS, how=replace(how, stream=50), **options).answers
+    assert shifted[:50] == alike[50:100]
+    assert speculate(*small, [PROMPT] * ROWS, how=replace(how, seed=2), **options).answers != alike
 
 
 def test_what_the_papers_predict():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tinyllama_jax import verbs_generate
+from tinyllama_jax.cli_speculative import add_speculative
 
 
 def add_generate(verb, as_json, dtype) -> None:
@@ -29,6 +30,7 @@ def add_generate(verb, as_json, dtype) -> None:
     )
     sub.add_argument("--rows", type=int, default=32, metavar="N", help="prompts that are continued at a time (32)")
     serving(sub, dtype)
+    add_speculative(sub)
     as_json(sub)
 
 

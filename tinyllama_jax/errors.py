@@ -27,6 +27,12 @@ class CheckpointError(UserError):
     """No usable checkpoint where one is needed."""
 
 
+class CheckFailed(UserError):
+    """A check that was asked for found a difference; what was computed is printed all the same."""
+
+    exit_status = 1
+
+
 class Unfinished(UserError):
     """Part of the work is done and kept; the same command goes on with it."""
 

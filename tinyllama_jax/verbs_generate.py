@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tinyllama_jax import verbs_speculative
 from tinyllama_jax.errors import DataError, UserError
 from tinyllama_jax.train import saved
 
@@ -21,6 +22,8 @@ def load_rows(path: str):
 
 
 def generate(args: argparse.Namespace) -> None:
+    if verbs_speculative.asked_for(args):
+        return verbs_speculative.generate(args)
     saved.resolve(args.checkpoint)  # before jax is imported
     rows = None if args.tokens is None else load_rows(args.tokens)
     if rows is not None and (rows.ndim != 2 or rows.dtype.kind not in "iu"):

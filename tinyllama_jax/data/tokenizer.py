@@ -126,6 +126,10 @@ class Tokenizer:
         skipped = (self.bos_id, self.eos_id)
         return self._backend.decode([int(i) for i in ids if int(i) not in skipped])
 
+    def pieces(self) -> list[str | None]:
+        """What each id is spelled like in the vocabulary's file, by id; None for an id that stands for nothing."""
+        return [self._backend.piece(i) for i in range(self.vocab_size)]
+
     def token_bytes(self) -> np.ndarray:
         """int32 [V]: UTF-8 bytes of text that each id stands for; 0 for BOS, EOS and other control tokens.
 

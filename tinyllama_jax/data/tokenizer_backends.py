@@ -40,6 +40,9 @@ class SentencePieceBackend:
     def all_pieces(self) -> list[str]:
         return [self.sp.id_to_piece(i) for i in range(self.vocab_size)]
 
+    def piece(self, i: int) -> str | None:
+        return self.sp.id_to_piece(i)
+
     @property
     def plain_bpe(self) -> bool:
         """Byte-pair pieces, whose scores are their ranks; every character has ids; nothing but spaces is rewritten."""
@@ -110,6 +113,9 @@ class JsonBackend:
 
     def all_pieces(self) -> list[str]:
         return list(self.pieces.values())
+
+    def piece(self, i: int) -> str | None:
+        return self.pieces.get(i)
 
     @property
     def plain_bpe(self) -> bool:

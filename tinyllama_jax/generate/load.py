@@ -63,13 +63,13 @@ def load(text: str, mesh: Mesh, *, dtype: str = "float32") -> Loaded:
     return Loaded(path, model, checkpoint.load(path, {"params": target})["params"], meta)
 
 
-def serving_mesh(text: str) -> Mesh:
-    """All devices as a mesh to generate on: heads, MLP and vocabulary over as many of them as divide them all, weights
-    copied to the rest; a weight that must be gathered for every token would be most of its time."""
-    model, devices = saved.model_of(saved.read_meta(saved.resolve(text))), jax.device_count()
-    # Groups of int4's scales stay on one device.
-    split = (model.heads, model.kv_heads, model.d_ff, model.d_ff // quantized.GROUP, model.vocab_size)
-    tensor = max(n for n in range(1, devices + 1) if devices % n == 0 and not any(size % n for size in split))
+def serving_mesh(*texts: str) -> Mesh:
+    """All devices as a mesh to generate on with these checkpoints: heads, MLP and vocabulary over as many of them as
+    divide them all, weights copied to the rest; a weight that must be gathered for every token would be most of its
+    time."""
+    models, devices = [saved.model_of(saved.read_meta(saved.resolve(text))) for text in texts], jax.device_count()
+    parts = [x for m in models for x in (m.heads, m.kv_heads, m.d_ff, m.vocab_size)]
+    tensor = max(n for n in range(1, devices + 1) if devices % n == 0 and not any(x % n for x in parts))
     return make_mesh(config.Mesh(replica=-1, data=1, tensor=tensor))
 
 

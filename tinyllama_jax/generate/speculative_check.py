@@ -1,0 +1,86 @@
+"""Whether speculative answers are the target's, by computing with the target alone.
+
+Greedy ones must be the tokens of plain decoding.  Sampled ones cannot be compared one by one; what is known of them is
+held against what was measured, each difference being that of a martingale (rule.interval):
+
+    accepted tokens        against the sum of sum_x min(p(x), q(x)), with which each should be accepted
+    p of the new tokens    against the sum of sum_x p(x)^2, what it is on average when they are drawn from p; by whole
+                           rows through the model without a cache, which no code of speculation has a part in
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinyllama_jax.config import Execution, Model
+from tinyllama_jax.generate import sampling
+from tinyllama_jax.generate import speculative_rule as rule
+from tinyllama_jax.generate.engine import bucket
+from tinyllama_jax.generate.sampling import Rows, Sampling
+from tinyllama_jax.generate.speculative import HasWeights, Speculated
+from tinyllama_jax.generate.speculative_round import distribution
+from tinyllama_jax.model import transformer
+
+CHANCE = 1e-4  # of a false alarm, each of the two
+
+
+def first_difference(plain: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """(row, place) of the first token that is not the same, or None."""
+    for row, (a, b) in enumerate(zip(plain, found, strict=True)):
+        if list(a) != list(b):
+            return row, next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return None
+
+
+def sampled(target: HasWeights, prompts: Sequence[Sequence[int]], found: Speculated, how: Sampling) -> dict[str, Any]:
+    """{"accepted", "likelihood"}: each {measured, expected, within, holds}, sums over tokens; within: how far they may
+    lie apart but for CHANCE."""
+    parts = [
+        _likelihood(target, prompt, answer, how)
+        for prompt, answer in zip(prompts, found.answers, strict=True)
+        if answer
+    ]
+    measured, expected, variance = np.sum(parts, axis=0).tolist()
+    return {
+        "accepted": _held(found.accepted, found.overlap, found.variance),
+        "likelihood": _held(measured, expected, variance),
+    }
+
+
+def _held(measured: float, expected: float, variance: float) -> dict[str, Any]:
+    within = rule.interval(variance, CHANCE)
+    holds = abs(measured - expected) <= within
+    return {"measured": measured, "expected": expected, "within": within, "holds": holds}
+
+
+def _likelihood(target: HasWeights, prompt: Sequence[int], answer: Sequence[int], how: Sampling) -> tuple[float, ...]:
+    """Sums over the answer's tokens: p of the token, its expectation, its variance.  A token that the filters exclude
+    counts as minus infinity: it cannot have been drawn."""
+    ids, V = [*prompt, *answer], target.model.vocab_size
+    T = bucket(len(ids), target.model.context_tokens)
+    tokens_1T = np.zeros((1, T), np.int32)
+    tokens_1T[0, : len(ids)] = ids
+    rows, uses = sampling.rows([how] * T)
+    logits_TV = _logits(target.model)(target.params, jnp.asarray(tokens_1T))[0]
+    if uses.penalty:
+        held_TV = jnp.cumsum(jax.nn.one_hot(tokens_1T[0], V, dtype=jnp.int32), axis=0) > 0
+        logits_TV = sampling.penalized(logits_TV, held_TV, jnp.asarray(rows.repetition_penalty))
+    p_TV = np.asarray(distribution(logits_TV, Rows(*map(jnp.asarray, rows)), uses), np.float64)
+    p_TV = p_TV[len(prompt) - 1 : len(ids) - 1]
+    p_T = p_TV[np.arange(len(answer)), list(answer)]
+    mean_T = (p_TV**2).sum(-1)
+    variance_T = (p_TV**3).sum(-1) - mean_T**2
+    return float(np.where(p_T > 0, p_T, -np.inf).sum()), float(mean_T.sum()), float(variance_T.sum())
+
+
+@lru_cache(maxsize=4)
+def _logits(cfg: Model):
+    """(params, tokens_1T) -> of every token of one row, float32 [1, T, V]."""
+    execution = Execution(scan_layers=False, remat="none")  # parameters for serving are layers apart
+    return jax.jit(lambda params, tokens_1T: transformer.logits(params, tokens_1T, cfg, execution))
