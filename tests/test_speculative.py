@@ -9,7 +9,7 @@ from scipy import stats
 
 from tinyllama_jax.config import Execution, Mesh, replace
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.generate import sample, sampling, speculative, speculative_round
+from tinyllama_jax.generate import sample, sampling, speculative, speculative_check, speculative_round
 from tinyllama_jax.generate import speculative_rule as rule
 from tinyllama_jax.generate.load import Loaded
 from tinyllama_jax.generate.sampling import Sampling
@@ -136,7 +136,7 @@ def test_vocabularies_of_different_sizes(vocab):
 
 # -- sampled: the same distribution ------------------------------------------------------------------------
 
-ROWS, PROMPT = 25_000, (3, 1, 4)
+ROWS, PROMPT = 20_000, (3, 1, 4)
 HOWS = {
     "temperature": Sampling(temperature=1.2, seed=5),
     "filters": Sampling(temperature=1.5, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.3, seed=6),
@@ -184,35 +184,40 @@ def small():
         yield target, perturbed(target, 2, 0.7)
 
 
-def sampled(small, name):
-    found = speculate(*small, [PROMPT] * ROWS, max_new_tokens=3, draft_tokens=2, how=HOWS[name])
-    return found, chance(found.answers, exact(small[0], HOWS[name]))
+def draw(small, name, prompts=((PROMPT,) * ROWS), **changes):
+    how = replace(HOWS[name], **changes)
+    return speculate(*small, prompts, max_new_tokens=3, draft_tokens=2, how=how)
+
+
+@pytest.fixture(scope="module")
+def drawn(small):
+    return {name: draw(small, name) for name in HOWS}
 
 
 @pytest.mark.parametrize("name", HOWS)
-def test_sampled_tokens_are_distributed_as_the_targets(small, name):
-    found, value = sampled(small, name)
+def test_sampled_tokens_are_distributed_as_the_targets(small, drawn, name):
+    found, value = drawn[name], chance(drawn[name].answers, exact(small[0], HOWS[name]))
     assert 0.2 < found.acceptance < 0.8 and value > 1e-3
-    assert abs(found.accepted - found.overlap) < rule.interval(found.variance)
+    told = speculative_check.sampled(small[0], [PROMPT] * 300, replace(found, answers=found.answers[:300]), HOWS[name])
+    assert told["accepted"]["holds"] and told["likelihood"]["holds"]
 
 
 def test_a_wrong_rule_is_found_out(small, monkeypatch):
     monkeypatch.setattr(rule, "accepts", lambda u, p, q: u >= 0)
     speculative_round.functions.cache_clear()
-    found, value = sampled(small, "temperature")
+    found = draw(small, "temperature")
     speculative_round.functions.cache_clear()
-    assert found.acceptance == 1 and value < 1e-9
-    assert abs(found.accepted - found.overlap) > rule.interval(found.variance)
+    assert found.acceptance == 1 and chance(found.answers, exact(small[0], HOWS["temperature"])) < 1e-9
+    how = HOWS["temperature"]
+    told = speculative_check.sampled(small[0], [PROMPT] * 300, replace(found, answers=found.answers[:300]), how)
+    assert not told["accepted"]["holds"] and not told["likelihood"]["holds"]
 
 
-def test_a_row_draws_by_its_seed_and_stream_and_not_by_the_other_rows(small):
-    how, options = HOWS["temperature"], {"max_new_tokens": 3, "draft_tokens": 2}
-    alike = speculate(*small, [PROMPT] * ROWS, how=how, **options).answers
-    among_others = speculate(*small, [PROMPT] * 100 + [(7,)] * (ROWS - 100), how=how, **options).answers
-    assert among_others[:100] == alike[:100] and len(set(map(tuple, alike[:100]))) > 20
-    shifted = speculate(*small, [PROMPT] * ROWS, how=replace(how, stream=50), **options).answers
-    assert shifted[:50] == alike[50:100]
-    assert speculate(*small, [PROMPT] * ROWS, how=replace(how, seed=2), **options).answers != alike
+def test_a_row_draws_by_its_stream_and_not_by_the_other_rows(small, drawn):
+    alike = drawn["temperature"].answers
+    assert len(set(map(tuple, alike[:100]))) > 20
+    assert draw(small, "temperature", [PROMPT] * 100 + [(7,)] * (ROWS - 100)).answers[:100] == alike[:100]
+    assert draw(small, "temperature", stream=50).answers[:50] == alike[50:100]
 
 
 def test_what_the_papers_predict():

@@ -38,8 +38,8 @@ def common_ids(target: Loaded, draft: Loaded) -> int:
     for i, (piece, its) in enumerate(zip(ours, theirs, strict=False)):
         if piece != its:
             raise ConfigError(
-                f"{target.path} and {draft.path} have different tokenizers: id {i} is {piece!r} in the first, {its!r} in "
-                "the second; take a draft with the target's vocabulary"
+                f"{target.path} and {draft.path} have different tokenizers: id {i} is {piece!r} in the first, {its!r} "
+                "in the second; take a draft with the target's vocabulary"
             )
     return min(shared, len(ours), len(theirs))
 
