@@ -25,30 +25,17 @@ def generate(args: argparse.Namespace) -> None:
     if verbs_speculative.asked_for(args):
         return verbs_speculative.generate(args)
     saved.resolve(args.checkpoint)  # before jax is imported
-    rows = None if args.tokens is None else load_rows(args.tokens)
-    if rows is not None and (rows.ndim != 2 or rows.dtype.kind not in "iu"):
-        raise DataError(f"--tokens {args.tokens}: must be integers [batch, time], not {rows.dtype} {list(rows.shape)}")
-    shown = read_prompts(args.prompt_file) if args.prompt_file else args.prompt
+    given = read_given(args)
     from tinyllama_jax.config import Execution
     from tinyllama_jax.generate import sample
-    from tinyllama_jax.generate.load import load_serving, prompt_tokens, serving_mesh
+    from tinyllama_jax.generate.load import load_serving, serving_mesh
     from tinyllama_jax.sharding import computing
 
     mesh = serving_mesh(args.checkpoint)
     with computing(mesh, args.dtype):
         loaded = load_serving(args.checkpoint, mesh, dtype=args.dtype, weights=args.weights)
-        try:
-            tokenizer = loaded.tokenizer()
-        except UserError:
-            if rows is None:
-                raise
-            tokenizer = None  # ids in, ids out
-        if rows is None:
-            prompts = [prompt_tokens(tokenizer, loaded.marks, text) for text in shown]
-        else:
-            prompts = rows.tolist()
-            shown = [""] * len(prompts)
-        telling = _Telling(tokenizer, prompts, args.stop, aloud=not args.json and len(prompts) == 1)
+        tokenizer, prompts, shown = encoded(loaded, given)
+        telling = Telling(tokenizer, prompts, args.stop, aloud=not args.json and len(prompts) == 1)
         answers = sample.generate(
             loaded.params,
             loaded.model,
@@ -66,12 +53,43 @@ def generate(args: argparse.Namespace) -> None:
             rows=args.rows,
             on_tokens=telling,
         )
-    texts = telling.finish()
+    value = {"tokens": answers, "text": telling.finish(), "prompt_tokens": prompts}
+    show(args, value, shown, told=telling.aloud)
+
+
+def read_given(args: argparse.Namespace):
+    """What is to be continued: an array of --tokens, or a list of texts.  Raises DataError; imports no jax."""
+    if args.tokens is None:
+        return read_prompts(args.prompt_file) if args.prompt_file else args.prompt
+    rows = load_rows(args.tokens)
+    if rows.ndim != 2 or rows.dtype.kind not in "iu":
+        raise DataError(f"--tokens {args.tokens}: must be integers [batch, time], not {rows.dtype} {list(rows.shape)}")
+    return rows
+
+
+def encoded(loaded, given):
+    """The checkpoint's tokenizer, or None where ids are given and there is none; the prompts as ids; what is shown of
+    them before their answers."""
+    from tinyllama_jax.generate.load import prompt_tokens
+
+    try:
+        tokenizer = loaded.tokenizer()
+    except UserError:
+        if isinstance(given, list):
+            raise
+        tokenizer = None  # ids in, ids out
+    if isinstance(given, list):
+        return tokenizer, [prompt_tokens(tokenizer, loaded.marks, text) for text in given], given
+    return tokenizer, given.tolist(), [""] * len(given)
+
+
+def show(args: argparse.Namespace, value: dict, shown: Sequence[str], *, told: bool) -> None:
+    """One JSON object with --json, else a line per row; nothing where the row was told while it grew."""
     if args.json:
-        print(json.dumps({"tokens": answers, "text": texts, "prompt_tokens": prompts}))
-    elif not telling.aloud:
-        for i, row in enumerate(answers):
-            print(f"[{i}] {shown[i]}{texts[i]}" if tokenizer else f"[{i}] {row}")
+        print(json.dumps(value))
+    elif not told:
+        for i, (row, text) in enumerate(zip(value["tokens"], value["text"], strict=True)):
+            print(f"[{i}] {row}" if text is None else f"[{i}] {shown[i]}{text}")
 
 
 def read_prompts(path: str) -> list[str]:
@@ -98,7 +116,7 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-class _Telling:
+class Telling:
     """The texts of the rows; printed while it grows where there is one.  Ends a row at a stop string."""
 
     def __init__(self, tokenizer, prompts: Sequence[list[int]], stop: Sequence[str], *, aloud: bool):

@@ -77,6 +77,7 @@ def speculate(
     stop_ids: Collection[int] = (),
     common: int | None = None,
     execution: Execution | None = None,
+    rows: int = 32,
     on_tokens: Callable[[int, list[int]], Any] | None = None,
 ) -> Speculated:
     """Continuations of `prompts` (ids, of different lengths perhaps) as the target would sample them.
@@ -84,7 +85,8 @@ def speculate(
     draft_tokens: drafted in a round, K.  how: of all rows, row b drawing from stream how.stream + b: a row's draws
     depend on the seed, its stream and its own tokens.  stop_ids: each ends a row and is its last token.
     common: ids below it mean the same text to both (vocabularies.common_ids; by default all that both have).
-    on_tokens: called with a row and what it got, in order; when it answers True, the row ends there.
+    rows: prompts that are continued at a time; the next begin when all of these have ended.
+    on_tokens: called with a row and each token it got, in order; when it answers True, the row ends there.
     Runs under the mesh in context.
     Raises ConfigError for an empty prompt, ids outside the target's vocabulary, more tokens than its context, and for
     draft_tokens < 1.
@@ -92,47 +94,44 @@ def speculate(
     model = target.model
     prompts = [tuple(map(int, prompt)) for prompt in prompts]
     engine.check(prompts or [()], max_new_tokens, model)
-    if draft_tokens < 1:
-        raise ConfigError(f"draft_tokens is {draft_tokens}; it must be at least 1")
-    known_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(known_B.max())
+    if draft_tokens < 1 or rows < 1:
+        raise ConfigError(f"draft_tokens is {draft_tokens} and rows {rows}; they must be at least 1")
+    longest = max(map(len, prompts))
     if longest + max_new_tokens > model.context_tokens:
         raise ConfigError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
             f"{model.context_tokens}"
         )
-    arrays, uses = sampling.rows([replace(how, stream=how.stream + row) for row in range(len(prompts))])
     shared = min(model.vocab_size, draft.model.vocab_size)
-    prefill, one = functions(
-        model,
-        draft.model,
-        execution or Execution(),
-        engine.bucket(longest + max_new_tokens, model.context_tokens),
-        draft_tokens,
-        shared if common is None else min(common, shared),
-        uses,
-    )
-    tokens_BT = np.zeros((len(prompts), engine.bucket(longest, model.context_tokens)), np.int32)
-    for row, prompt in zip(tokens_BT, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    arrays, limit_B = jax.tree.map(jnp.asarray, (arrays, known_B + max_new_tokens))
-    state = prefill(target.params, draft.params, jnp.asarray(tokens_BT), jnp.asarray(known_B))
-
-    active = np.ones(len(prompts), bool)
-    stop_ids = frozenset(stop_ids)
+    B, T = min(rows, len(prompts)), engine.bucket(longest, model.context_tokens)
+    slots = engine.bucket(longest + max_new_tokens, model.context_tokens)
+    common, stop_ids = shared if common is None else min(common, shared), frozenset(stop_ids)
     answers: list[list[int]] = [[] for _ in prompts]
-    sums, rounds, calls = np.zeros(5), 0, 0  # rows that are not active add nothing
-    while active.any():
-        made, state = one(target.params, draft.params, state, arrays, limit_B, jnp.asarray(active))
-        made = jax.device_get(made)
-        by = made.verdict
-        counted = (made.usable_B, by.accepted_B, by.judged_B, by.overlap_B, by.variance_B)
-        sums, rounds, calls = sums + [x.sum(dtype=np.float64) for x in counted], rounds + int(active.sum()), calls + 1
-        for row in np.flatnonzero(active).tolist():
-            new = made.new_BT[row, : made.count_B[row]].tolist()
-            end = next((i + 1 for i, token in enumerate(new) if token in stop_ids), None)
-            answers[row] += new[:end]
-            stopped = on_tokens is not None and on_tokens(row, new[:end]) is True
-            active[row] = end is None and not stopped and len(answers[row]) < max_new_tokens
-    proposed, accepted, judged = map(int, sums[:3])
-    return Speculated(answers, proposed, accepted, judged, rounds, calls, *map(float, sums[3:]))
+    counts, calls = np.zeros(6), 0
+    for first in range(0, len(prompts), B):
+        part = prompts[first : first + B]
+        active_B = np.arange(B) < len(part)
+        part = part + part[-1:] * (B - len(part))  # always as many, so that one program does
+        arrays, uses = sampling.rows([replace(how, stream=how.stream + first + row) for row in range(B)])
+        prefill, one = functions(model, draft.model, execution or Execution(), slots, draft_tokens, common, uses)
+        tokens_BT = np.array([prompt + (0,) * (T - len(prompt)) for prompt in part], np.int32)
+        known_B = np.array(list(map(len, part)), np.int32)
+        arrays, limit_B = jax.tree.map(jnp.asarray, (arrays, known_B + max_new_tokens))
+        state = prefill(target.params, draft.params, jnp.asarray(tokens_BT), jnp.asarray(known_B))
+        while active_B.any():
+            made, state = one(target.params, draft.params, state, arrays, limit_B, jnp.asarray(active_B))
+            made = jax.device_get(made)
+            by = made.verdict
+            # Rows that are not active add nothing.
+            counted = (made.usable_B, by.accepted_B, by.judged_B, active_B, by.overlap_B, by.variance_B)
+            counts, calls = counts + [x.sum(dtype=np.float64) for x in counted], calls + 1
+            for row in np.flatnonzero(active_B).tolist():
+                answer = answers[first + row]
+                for token in made.new_BT[row, : made.count_B[row]].tolist():
+                    answer.append(token)
+                    stopped = on_tokens is not None and on_tokens(first + row, [token]) is True
+                    if stopped or token in stop_ids or len(answer) == max_new_tokens:
+                        active_B[row] = False
+                        break
+    proposed, accepted, judged, rounds = map(int, counts[:4])
+    return Speculated(answers, proposed, accepted, judged, rounds, calls, *map(float, counts[4:]))

@@ -22,10 +22,10 @@ from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.generate import sampling
 from tinyllama_jax.generate import speculative_rule as rule
 from tinyllama_jax.generate.engine import bucket
-from tinyllama_jax.generate.sampling import Rows, Sampling
+from tinyllama_jax.generate.sampling import Rows, Sampling, Uses
 from tinyllama_jax.generate.speculative import HasWeights, Speculated
 from tinyllama_jax.generate.speculative_round import distribution
-from tinyllama_jax.model import transformer
+from tinyllama_jax.model import quantized, transformer
 
 CHANCE = 1e-4  # of a false alarm, each of the two
 
@@ -62,16 +62,13 @@ def _held(measured: float, expected: float, variance: float) -> dict[str, Any]:
 def _likelihood(target: HasWeights, prompt: Sequence[int], answer: Sequence[int], how: Sampling) -> tuple[float, ...]:
     """Sums over the answer's tokens: p of the token, its expectation, its variance.  A token that the filters exclude
     counts as minus infinity: it cannot have been drawn."""
-    ids, V = [*prompt, *answer], target.model.vocab_size
+    ids = [*prompt, *answer]
     T = bucket(len(ids), target.model.context_tokens)
     tokens_1T = np.zeros((1, T), np.int32)
     tokens_1T[0, : len(ids)] = ids
     rows, uses = sampling.rows([how] * T)
-    logits_TV = _logits(target.model)(target.params, jnp.asarray(tokens_1T))[0]
-    if uses.penalty:
-        held_TV = jnp.cumsum(jax.nn.one_hot(tokens_1T[0], V, dtype=jnp.int32), axis=0) > 0
-        logits_TV = sampling.penalized(logits_TV, held_TV, jnp.asarray(rows.repetition_penalty))
-    p_TV = np.asarray(distribution(logits_TV, Rows(*map(jnp.asarray, rows)), uses), np.float64)
+    run = _distributions(target.model, uses)
+    p_TV = np.asarray(run(target.params, jnp.asarray(tokens_1T), jax.tree.map(jnp.asarray, rows)), np.float64)
     p_TV = p_TV[len(prompt) - 1 : len(ids) - 1]
     p_T = p_TV[np.arange(len(answer)), list(answer)]
     mean_T = (p_TV**2).sum(-1)
@@ -80,7 +77,16 @@ def _likelihood(target: HasWeights, prompt: Sequence[int], answer: Sequence[int]
 
 
 @lru_cache(maxsize=4)
-def _logits(cfg: Model):
-    """(params, tokens_1T) -> of every token of one row, float32 [1, T, V]."""
+def _distributions(cfg: Model, uses: Uses):
+    """(params, tokens_1T, rows of sampling [T]) -> what follows each token of one row is drawn from, float32 [T, V]."""
     execution = Execution(scan_layers=False, remat="none")  # parameters for serving are layers apart
-    return jax.jit(lambda params, tokens_1T: transformer.logits(params, tokens_1T, cfg, execution))
+
+    def run(params: Any, tokens_1T: jax.Array, rows: Rows) -> jax.Array:
+        params = quantized.whole(params, jnp.dtype(cfg.compute_dtype))
+        logits_TV = transformer.logits(params, tokens_1T, cfg, execution)[0]
+        if uses.penalty:
+            held_TV = jnp.cumsum(jax.nn.one_hot(tokens_1T[0], cfg.vocab_size, dtype=jnp.int32), axis=0) > 0
+            logits_TV = sampling.penalized(logits_TV, held_TV, rows.repetition_penalty)
+        return distribution(logits_TV, rows, uses)
+
+    return jax.jit(run)
