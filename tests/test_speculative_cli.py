@@ -1,7 +1,11 @@
 """`generate --draft` end to end on eight devices, its check of itself, and which checkpoints go together."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,8 @@ from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.generate import speculative_published, speculative_rule, vocabularies
 from tinyllama_jax.generate.load import Loaded
 from tinyllama_jax.train import durable, saved
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,8 @@ def test_a_difference_is_an_error_of_one_line(steps, capsys, monkeypatch):
     status, value, err = generate(capsys, *steps, "--temperature", "0", "--self-check", "--ignore-eos")
     assert status == 1 and value["speculative"]["identical"] is False
     assert "row 0, new token 7: plain decoding gives" in err and err.count("\n") == 1
+    gap = float(err.split("differ by ")[1].split()[0])
+    assert gap < 0, "the token that was put there is not the likeliest"
 
 
 def test_options_without_a_draft_are_refused(finished, capsys):
@@ -136,3 +144,15 @@ def test_the_interval_is_as_wide_as_it_says():
     draws = np.random.default_rng(0).random((20_000, 300)) < 0.9
     off = np.abs(draws.sum(1) - 270)
     assert (off > speculative_rule.interval(27, 0.01)).mean() < 0.01 < (off > speculative_rule.interval(27, 0.5)).mean()
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_and_predicts(steps, tmp_path):
+    words = ("--draft-tokens", "2", "--new-tokens", "8", "--repeats", "1", "--out", tmp_path / "measured.json")
+    command = [sys.executable, ROOT / "benchmarks/speculative.py", "--target", steps[0], "--draft", steps[1], *words]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode == 0
+    record = json.loads((tmp_path / "measured.json").read_text())
+    assert record["failed"] == [] and [m["temperature"] for m in record["measured"]] == [0, 1]
+    for m in record["measured"]:
+        assert m["speed_up"]["measured"] > 0 < m["speed_up"]["paper"] and 1 <= m["tokens_per_round"]["predicted"] <= 3

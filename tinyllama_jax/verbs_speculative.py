@@ -113,8 +113,13 @@ def _check(told: dict, args: argparse.Namespace, target, prompts, found, how, st
     if different is None:
         return None
     row, place = different
-    one, other = (answers[row][place : place + 1] for answers in (plain, found.answers))
-    return f"--self-check: row {row}, new token {place}: plain decoding gives {one}, speculative decoding {other}"
+    line = f"--self-check: row {row}, new token {place}: plain decoding gives "
+    if place >= min(len(plain[row]), len(found.answers[row])):
+        return line + f"{len(plain[row])} tokens, speculative decoding {len(found.answers[row])}"
+    one, other = plain[row][place], found.answers[row][place]
+    ids = [*prompts[row], *plain[row][:place]]
+    gap = speculative_check.gap(target, ids, one, other, how.repetition_penalty)
+    return line + f"{one}, speculative decoding {other}; their logits differ by {gap:.2g} in {args.dtype}"
 
 
 def _lines(value: dict) -> list[str]:

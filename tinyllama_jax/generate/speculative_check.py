@@ -38,6 +38,14 @@ def first_difference(plain: Sequence[Sequence[int]], found: Sequence[Sequence[in
     return None
 
 
+def gap(target: HasWeights, ids: Sequence[int], one: int, other: int, penalty: float = 1.0) -> float:
+    """By how much the target's logit of `one` lies above that of `other` behind these ids.  Where plain and speculative
+    decoding part by rounding, this is as small as the compute dtype's steps at logits of that size."""
+    how = Sampling(temperature=1, repetition_penalty=penalty)
+    p_V = np.log(_whole(target, ids, how)[len(ids) - 1])
+    return float(p_V[one] - p_V[other])
+
+
 def sampled(target: HasWeights, prompts: Sequence[Sequence[int]], found: Speculated, how: Sampling) -> dict[str, Any]:
     """{"accepted", "likelihood"}: each {measured, expected, within, holds}, sums over tokens; within: how far they may
     lie apart but for CHANCE."""
@@ -63,17 +71,22 @@ def _likelihood(target: HasWeights, prompt: Sequence[int], answer: Sequence[int]
     """Sums over the answer's tokens: p of the token, its expectation, its variance.  A token that the filters exclude
     counts as minus infinity: it cannot have been drawn."""
     ids = [*prompt, *answer]
-    T = bucket(len(ids), target.model.context_tokens)
-    tokens_1T = np.zeros((1, T), np.int32)
-    tokens_1T[0, : len(ids)] = ids
-    rows, uses = sampling.rows([how] * T)
-    run = _distributions(target.model, uses)
-    p_TV = np.asarray(run(target.params, jnp.asarray(tokens_1T), jax.tree.map(jnp.asarray, rows)), np.float64)
+    p_TV = _whole(target, ids, how)
     p_TV = p_TV[len(prompt) - 1 : len(ids) - 1]
     p_T = p_TV[np.arange(len(answer)), list(answer)]
     mean_T = (p_TV**2).sum(-1)
     variance_T = (p_TV**3).sum(-1) - mean_T**2
     return float(np.where(p_T > 0, p_T, -np.inf).sum()), float(mean_T.sum()), float(variance_T.sum())
+
+
+def _whole(target: HasWeights, ids: Sequence[int], how: Sampling) -> np.ndarray:
+    """float64 [T, V]: what follows each of the ids is drawn from.  T is a power of two that holds them."""
+    T = bucket(len(ids), target.model.context_tokens)
+    tokens_1T = np.zeros((1, T), np.int32)
+    tokens_1T[0, : len(ids)] = ids
+    rows, uses = sampling.rows([how] * T)
+    run = _distributions(target.model, uses)
+    return np.asarray(run(target.params, jnp.asarray(tokens_1T), jax.tree.map(jnp.asarray, rows)), np.float64)
 
 
 @lru_cache(maxsize=4)
