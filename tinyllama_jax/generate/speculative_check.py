@@ -42,7 +42,8 @@ def gap(target: HasWeights, ids: Sequence[int], one: int, other: int, penalty: f
     """By how much the target's logit of `one` lies above that of `other` behind these ids.  Where plain and speculative
     decoding part by rounding, this is as small as the compute dtype's steps at logits of that size."""
     how = Sampling(temperature=1, repetition_penalty=penalty)
-    p_V = np.log(_whole(target, ids, how)[len(ids) - 1])
+    with np.errstate(divide="ignore"):
+        p_V = np.log(_whole(target, ids, how)[len(ids) - 1])
     return float(p_V[one] - p_V[other])
 
 
