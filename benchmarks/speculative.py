@@ -19,6 +19,7 @@ where arithmetic does (a CPU, or many rows).  It pays where the prediction is ab
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -183,6 +184,8 @@ def main() -> int:
         "claim": "greedy answers are those of plain decoding, sampled ones pass the checks",
         **origin(),
         "device": device(),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),  # 1 is this process; more are others that disturb it
         "dtype": args.dtype,
         "parameters": dict(zip(("target", "draft"), parameters, strict=True)),
         "measured": measured,
