@@ -138,20 +138,18 @@ def test_wrong_requests_are_refused(pair, prompts, options, message):
         speculate(*pair, prompts, **options)
 
 
-@pytest.mark.parametrize("vocab", [24, 13])
-def test_vocabularies_of_different_sizes(vocab):
-    """Tokens that one model lacks are never drafted, and prompts may hold them."""
+@pytest.mark.slow
+def test_a_draft_with_a_larger_vocabulary():
     with on(1):
-        target, draft = loaded(SMALL, 1), loaded(replace(SMALL, vocab_size=vocab), 1)
+        target, draft = loaded(SMALL, 1), loaded(replace(SMALL, vocab_size=24), 1)
         prompts = ragged(30, 20, vocab=16)
         found = speculate(target, draft, prompts, max_new_tokens=20, draft_tokens=2)
         assert found.answers == plain(target, prompts, max_new_tokens=20)
-        assert max(map(max, found.answers)) >= 13
 
 
 # -- sampled: the same distribution ------------------------------------------------------------------------
 
-ROWS, PROMPT = 17_000, (3, 1, 4)
+ROWS, PROMPT = 17_000, (3, 14, 4)
 HOWS = {
     "temperature": Sampling(temperature=1.2, seed=5),
     "filters": Sampling(temperature=1.5, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.3, seed=6),
@@ -194,9 +192,15 @@ def chance(answers, p):
 
 @pytest.fixture(scope="module")
 def small():
+    """The draft lacks the last three tokens: it proposes none of them, and reads them as others."""
     with on(1):
         target = loaded(SMALL, 1, scale=2.0)
-        yield target, perturbed(target, 2, 0.7)
+        draft = perturbed(target, 2, 0.7)
+        fewer = {
+            "embed": {"embedding": draft.params["embed"]["embedding"][:13]},
+            "head": {"kernel": draft.params["head"]["kernel"][:, :13]},
+        }
+        yield target, replace(draft, model=replace(SMALL, vocab_size=13), params=draft.params | fewer)
 
 
 def draw(small, name, prompts=((PROMPT,) * ROWS), **changes):
@@ -212,11 +216,12 @@ def drawn(small):
 @pytest.mark.parametrize("name", HOWS)
 def test_sampled_tokens_are_distributed_as_the_targets(small, drawn, name):
     found, value = drawn[name], chance(drawn[name].answers, exact(small[0], HOWS[name]))
-    assert 0.2 < found.acceptance < 0.8 and value > 1e-3
+    assert 0.1 < found.acceptance < 0.8 and value > 1e-4
     told = speculative_check.sampled(small[0], [PROMPT] * 300, replace(found, answers=found.answers[:300]), HOWS[name])
     assert told["accepted"]["holds"] and told["likelihood"]["holds"]
 
 
+@pytest.mark.slow
 def test_a_wrong_rule_is_found_out(small, monkeypatch):
     monkeypatch.setattr(rule, "accepts", lambda u, p, q: u >= 0)
     speculative_round.functions.cache_clear()
