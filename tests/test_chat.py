@@ -156,6 +156,10 @@ def test_auto_looks_at_the_template_and_does_not_run_it(tmp_path):
         for value in (text, [{"name": "rag", "template": "x"}, {"name": "default", "template": text}]):
             file.write_text(json.dumps({"chat_template": value}))
             assert chat.choose("auto", tmp_path) is TEMPLATES[name]
+    file.write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text(JINJA["chatml"])
+    assert chat.choose("auto", tmp_path) is TEMPLATES["chatml"]
+    (tmp_path / "chat_template.jinja").unlink()
     assert chat.choose("v0_1", tmp_path / "nowhere").name == "v0_1"
     for value, words in (({"chat_template": "[INST]"}, "of another form"), ({}, "names no"), ([], "names no")):
         file.write_text(json.dumps(value))

@@ -82,7 +82,9 @@ def choose(name: str, folder: Path) -> Template:
     """
     if name != "auto":
         return TEMPLATES[name]
+    beside = folder / "chat_template.jinja"  # where newer versions of transformers put it
     text = _read(folder / JSON_CONFIG_FILE).get("chat_template") or ""
+    text = text or (beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else "")
     if isinstance(text, list):  # several under names
         named = {each.get("name"): each.get("template") for each in text if isinstance(each, dict)}
         text = named.get("default") or ""
