@@ -4,6 +4,7 @@
 #   make test-faults  processes that train together, are killed, stopped, cut off and left without disk: 10 minutes
 #   make test-full  the rest: parity with PyTorch, compiles for devices, Slurm, Chromium, lm-evaluation-harness
 #   make test-sky   SkyPilot itself reads what is rendered for it
+#   make test-llamacpp  exported GGUF files in llama.cpp: perplexity, continuations, tokens; two minutes
 #   make test-aot   of these the compiles for devices alone, without PyTorch
 #   make proof-hf-memory  import and export of 1.1B parameters stay below twice their size: 14 GB of disk, 5 minutes
 #   make proof-preflight  the 1.1B step compiled for six machines that are not here: 15 minutes
@@ -15,6 +16,7 @@
 #   make proof-startup  imports, helps and plans are quick and need no jax: three minutes
 #   make proof-versus  the training step beside PyTorch's on this CPU, the same numbers first: ten minutes
 #   make proof-soak  an hour of runs that are killed, stopped, damaged and short of disk: as if nothing had happened
+#   make proof-llamacpp  what llama.cpp computes from exported files of every kind, beside ours: five minutes
 #   make lint | bench | clean
 
 VENV ?= .venv
@@ -35,7 +37,7 @@ FIND_PYTHON = for p in $(PYTHON); do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-sky test-full test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-fits proof-lab proof-startup proof-versus proof-soak clean always
+.PHONY: help demo test test-faults test-sky test-full test-llamacpp test-aot lint bench proof-hf-memory proof-preflight proof-data proof-loader proof-kills proof-fits proof-lab proof-startup proof-versus proof-soak proof-llamacpp clean always
 .DELETE_ON_ERROR:
 
 help:
@@ -82,6 +84,9 @@ $(VENV)/.aot: $(VENV)/.dev
 $(VENV)/.sky: $(VENV)/.dev
 	$(call on_top,sky,sky)
 
+$(VENV)/.llamacpp: $(VENV)/.dev
+	$(call on_top,llamacpp,llamacpp)
+
 demo: $(VENV)/.run
 	@$(RUN) -m tinyllama_jax demo --workdir runs/demo
 
@@ -97,6 +102,9 @@ test-full: $(VENV)/.full
 test-sky: $(VENV)/.sky
 	@$(VENV)/sky/bin/python -c 'import sky' # the tests skip what is not there
 	@$(VENV)/sky/bin/python -m pytest -q -k skypilot tests/test_launch.py
+
+test-llamacpp: $(VENV)/.llamacpp
+	@$(VENV)/llamacpp/bin/python -m pytest -q -m llamacpp --timeout 900 $(TESTS)
 
 test-aot: $(VENV)/.aot
 	@$(AOT) -m pytest $(SPREAD) -m aot --timeout 900 $(TESTS)
@@ -135,6 +143,9 @@ proof-startup: $(VENV)/.run
 proof-versus: $(VENV)/.full
 	@$(FULL) benchmarks/versus_torch.py --experiment experiments.speed:cpu_best --rounds 3 --steps 10 --minimum 0.75 \
 		--out benchmarks/results/versus_torch_cpu.jsonl
+
+proof-llamacpp: $(VENV)/.llamacpp
+	@$(VENV)/llamacpp/bin/python benchmarks/proof_llamacpp.py
 
 proof-soak: $(VENV)/.run
 	@$(RUN) tests/soak.py --minutes 60 --out benchmarks/results/proof_soak.json

@@ -82,13 +82,14 @@ def starts() -> list[Command]:
         "serve": ("nowhere",),
         "export": ("hf", "nowhere", "--out", "hf"),
         "import": ("hf", "nowhere", "--out", "ckpt"),
+        "import gguf": ("nowhere", "--out", "ckpt"),
         "inspect": ("nowhere",),
         "report": ("nowhere",),
         "measure": ("nowhere",),
     }
     status = {"train": 2}  # the experiment is a word of the command
     return found + [
-        tinyllama("refusal", verb, verb, *words, status=status.get(verb, 78)) for verb, words in wrong.items()
+        tinyllama("refusal", verb, *verb.split(), *words, status=status.get(verb, 78)) for verb, words in wrong.items()
     ]
 
 

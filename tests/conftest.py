@@ -32,9 +32,11 @@ from cannot import cannot  # noqa: E402
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Parity needs PyTorch to be imported at all: left alone unless asked for, and then its absence is an error."""
-    asked = "parity" in config.getoption("markexpr").replace("not parity", "")
-    return True if "parity" in collection_path.name and not asked else None
+    """Parity needs PyTorch to be imported at all, and llama.cpp is another program's: left alone unless asked for, and
+    then their absence is an error."""
+    marker = next((marker for marker in ("parity", "llamacpp") if marker in collection_path.name), None)
+    asked = marker and marker in config.getoption("markexpr").replace(f"not {marker}", "")
+    return True if marker and not asked else None
 
 
 # Files that take a minute or more: begun first, so that no test process is left alone with one at the end.

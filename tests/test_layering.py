@@ -33,6 +33,7 @@ ONE_HOME = {
     "datasketch": {"data.duplicates"},
     "yaml": {"launch.yaml_text", "interop.litgpt_config", "interop.model_card"},
     "torch": {"interop.torch_files"},
+    "gguf": {"interop.gguf", "interop.gguf_file", "interop.gguf_kinds"},
     "datatrove": {"data.datatrove_adapter"},
     "lm_eval": {"evaluate.harness", "evaluate.harness_model", "evaluate.harness_tasks"},
     "aiohttp": {"serve.app", "serve.run"},

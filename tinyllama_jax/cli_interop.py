@@ -8,7 +8,10 @@ from tinyllama_jax.interop import formats
 
 def add_interop(verb, as_json) -> None:
     sub = verb(
-        "import", verbs_interop.import_, "make a checkpoint from another format", "tinyllama import hf DIR --out ckpt"
+        "import",
+        verbs_interop.import_,
+        "make a checkpoint from another format",
+        "tinyllama import hf DIR --out ckpt\n  tinyllama import gguf model.gguf --out ckpt",
     )
     sub.add_argument("format", choices=formats.readable(), help=_described(formats.readable()))
     sub.add_argument("source", metavar="PATH", help="the folder of the foreign model, or its file")
@@ -17,12 +20,16 @@ def add_interop(verb, as_json) -> None:
     as_json(sub)
 
     sub = verb(
-        "export", verbs_interop.export, "write a checkpoint in another format", "tinyllama export hf runs/demo --out hf"
+        "export",
+        verbs_interop.export,
+        "write a checkpoint in another format",
+        "tinyllama export hf runs/demo --out hf\n  tinyllama export gguf runs/demo --out demo.gguf --dtype Q8_0",
     )
     sub.add_argument("format", choices=formats.writable(), help=_described(formats.writable()))
     sub.add_argument("checkpoint", metavar="CKPT")
-    sub.add_argument("--out", required=True, metavar="DIR")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (float32)")
+    sub.add_argument("--out", required=True, metavar="DIR|FILE")
+    known = "; ".join(f"{name}: {', '.join(formats.FORMATS[name].dtypes)}" for name in formats.writable())
+    sub.add_argument("--dtype", help=f"how the weights are stored (the first of {known})")
     sub.add_argument("--shard-size", metavar="N", help="hf: begin another weight file above it, such as 2GB (5GB)")
     sub.add_argument(
         "--layout",

@@ -51,7 +51,9 @@ def export(args: argparse.Namespace) -> None:
         loaded = load(args.checkpoint, mesh)
         more = formats.write(args.format, loaded, Path(args.out), **options)
     value = {"directory": args.out, "parameters": _count(loaded.params)} | more
-    dtype = options.get("dtype", "float32")
+    for note in more.get("notes", []):
+        say(note)
+    dtype = options.get("dtype", formats.FORMATS[args.format].dtypes[0])
     lines = [f"{args.out}: {value['parameters']:,} parameters in {dtype}, from {loaded.path}"]
     for program, text in more.get("use", {}).items():
         lines += ["", f"{program}:", *(f"  {line}" for line in text.splitlines())]

@@ -152,3 +152,37 @@ class JsonBackend:
 _AFFIXES = "continuing_subword_prefix", "end_of_word_suffix"
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+# Types of pieces, in SentencePiece's protocol buffer as in GGUF.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def read_pieces(path: Path) -> list[tuple[str, float, int]]:
+    """(text, score, type) of every id in a SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    return [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+
+
+def write_pieces(path: Path, pieces: list[tuple[str, float, int]], bos: str, eos: str, adds_space: bool) -> None:
+    """A SentencePiece BPE model of these pieces, with the rules of Llama's: bytes for what has no piece, and no text
+    is rewritten.  adds_space: one is put before every text.  Raises ValueError for pieces of no such model."""
+    from sentencepiece import sentencepiece_model_pb2 as pb2
+
+    unknown = next((text for text, _, kind in pieces if kind == UNKNOWN), None)
+    if unknown is None:
+        raise ValueError("no piece is of the type `unknown`")
+    model = pb2.ModelProto()
+    for text, score, kind in pieces:
+        model.pieces.add(piece=text, score=score, type=kind)
+    trainer = model.trainer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = pb2.TrainerSpec.BPE, len(pieces), True
+    ids = {text: i for i, (text, _, _) in enumerate(pieces)}
+    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = unknown, bos, eos
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = ids[unknown], ids[bos], ids[eos], -1
+    rules = model.normalizer_spec
+    rules.name, rules.add_dummy_prefix, rules.remove_extra_whitespaces = "identity", adds_space, False
+    rules.escape_whitespaces = True
+    path.write_bytes(model.SerializeToString())

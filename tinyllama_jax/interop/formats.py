@@ -7,6 +7,7 @@ Nothing heavy is imported here before a function is called, for `--help` lists t
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Format:
     read(source, **options): a context manager that gives `Found`; files that are made for it live as long as that.
     write(loaded, out, **options): writes at `out`, which must be new, and returns what the answer says besides.
     reads, writes: names of the options that they take; all have defaults.
+    dtypes: how weights can be written, the first when nothing is said.
     """
 
     what: str
@@ -44,6 +46,7 @@ class Format:
     write: Callable[..., dict[str, Any]] | None = None
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ("dtype",)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
 
 @contextlib.contextmanager
@@ -116,6 +119,20 @@ def _write_meta(loaded: Loaded, out: Path, *, dtype: str = "float32") -> dict[st
     return {}
 
 
+@contextlib.contextmanager
+def _read_gguf(source: Path) -> Iterator[Found]:
+    from tinyllama_jax.interop import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield gguf.read_gguf(source, folder)
+
+
+def _write_gguf(loaded: Loaded, out: Path, *, dtype: str = "F16") -> dict[str, Any]:
+    from tinyllama_jax.interop import gguf
+
+    return gguf.export(loaded, out, kind=dtype)
+
+
 def _tokenizer_files(loaded: Loaded) -> list[Path]:
     folder = loaded.path / "tokenizer"
     return sorted(folder.iterdir()) if folder.is_dir() else []
@@ -127,6 +144,12 @@ FORMATS: dict[str, Format] = {
         read=_read_hf,
         write=_write_hf,
         writes=("dtype", "shard_size", "license", "language"),
+    ),
+    "gguf": Format(
+        "one file for llama.cpp and Ollama",
+        read=_read_gguf,
+        write=_write_gguf,
+        dtypes=("F16", "F32", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
     ),
     "litgpt": Format(
         "lit-gpt's lit_model.pth, of the TinyLlama repository or of today's litgpt",
@@ -151,13 +174,16 @@ def writable() -> list[str]:
 def chosen(name: str, direction: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given (not None), for a format that takes them; direction: `reads` or `writes`.
 
-    Raises UsageError for an option that this format has no use for: none is ignored.
+    Raises UsageError for an option that this format has no use for, none is ignored, and for a dtype it does not have.
     """
     given = {option: value for option, value in options.items() if value is not None}
     for option in given:
         if option not in getattr(FORMATS[name], direction):
             takers = ", ".join(other for other, format in FORMATS.items() if option in getattr(format, direction))
             raise UsageError(f"--{option.replace('_', '-')} is an option of the format {takers}; {name} has none such")
+    dtypes = FORMATS[name].dtypes
+    if given.get("dtype", dtypes[0]) not in dtypes:
+        raise UsageError(f"--dtype {given['dtype']} is not one of {name}'s: {', '.join(dtypes)}")
     return given
 
 
