@@ -12,7 +12,7 @@ from test_hf import GQA, assert_same_bits, random_params, refusal
 
 from tinyllama_jax.config import Rope, replace
 from tinyllama_jax.errors import ConfigError, DataError
-from tinyllama_jax.interop import formats, gguf_file, gguf_kinds, gguf_model
+from tinyllama_jax.interop import formats, gguf_file, gguf_kinds, gguf_model, hf
 from tinyllama_jax.interop.gguf import read_gguf, write_gguf
 from tinyllama_jax.interop.hf import hf_tensors
 from tinyllama_jax.interop.modelfile import command, kind_of, modelfile, place_for
@@ -94,7 +94,7 @@ def test_k_quants_are_read_as_the_package_reads_them(kind, tmp_path):
     for key, value in gguf_model.metadata(model)[0].items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
     raw = {}
-    for name, shape in gguf_kinds.tensor_shapes(model).items():
+    for name, shape in hf.hf_shapes(model).items():
         if len(shape) == 1:
             writer.add_tensor(gguf_model.gguf_name(name), np.ones(shape, np.float32))
             continue

@@ -21,7 +21,7 @@ from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.interop import gguf_kinds, gguf_model, gguf_tokenizer, gguf_tokenizer_files, modelfile
 from tinyllama_jax.interop.formats import Found
 from tinyllama_jax.interop.gguf_file import BLANK_CHECKSUM, CHECKSUM_KEY, Header, check, read_header, read_tensor, seal
-from tinyllama_jax.interop.hf import Params, assemble, hf_tensors
+from tinyllama_jax.interop.hf import Params, assemble, hf_shapes, hf_tensors
 
 if TYPE_CHECKING:  # it imports jax
     from tinyllama_jax.generate.load import Loaded
@@ -140,7 +140,7 @@ def _write_tensors(writer, params: Params, model: Model, kind: str, factors) -> 
     """First every tensor's place in the header, then one tensor after the other."""
     import gguf
 
-    kinds, shapes = gguf_kinds.kinds(model, kind), gguf_kinds.tensor_shapes(model)
+    kinds, shapes = gguf_kinds.kinds(model, kind), hf_shapes(model)
     if factors is not None:
         writer.add_tensor_info(gguf_model.ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes)
     for name, stored in kinds.items():
