@@ -10,9 +10,10 @@ token is its prefill; what longer answers take beyond that is its decoding.  The
 each round of a side a process of its own.
 
 bound_tokens_per_s: rows / ((weights + rows x mean context x cache bytes per token) / bandwidth), where the bandwidth is
-that of a large copy, read and written, in the same run, and the weights those that every token is multiplied with.
+that of a large array copied or read, in the same run, and the weights those that every token is multiplied with.
 
-One JSON line per pair and side; `same_tokens` is the share of the answers' tokens that are ours.  Exit status 1 when a
+One JSON line per pair and side; `same_tokens` is the share of the answers' tokens that are ours (llama.cpp's server
+keeps 16-bit keys and values, and leaves out tokens that are no text).  Exit status 1 when a
 side failed, or ours is slower than `--minimum`, such as 1x512=1200.
 """
 
@@ -92,25 +93,29 @@ def theirs(python: str, engine: str, file: Path, given: list[list[int]], new: in
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def copy_bandwidth(size: int) -> float:
-    """Bytes per second, read and written, of copying an array of so many bytes; the best of ten."""
-    x = jnp.zeros(size // 4, jnp.float32)
-    copy = jax.jit(lambda x, y: x + y)
-    times = []
-    for i in range(10):
-        begin = time.perf_counter()
-        jax.block_until_ready(copy(x, np.float32(i)))
-        times.append(time.perf_counter() - begin)
-    return 2 * x.nbytes / min(times)
+def bandwidth(size: int) -> float:
+    """Bytes per second of an array of so many bytes, the best of ten: copied (read and written), or read as a matrix
+    that a vector is multiplied with, whichever is more.  On a CPU a copy's new pages cost more than the copy."""
+    columns = 4096
+    x = jnp.zeros((size // 4 // columns, columns), jnp.float32)
+    programs = {2: jax.jit(lambda x, y: x + y), 1: jax.jit(lambda x, y: x @ jnp.full(columns, y, jnp.float32))}
+    best = 0.0
+    for passes, program in programs.items():
+        for i in range(11):
+            begin = time.perf_counter()
+            jax.block_until_ready(program(x, np.float32(i)))
+            if i:
+                best = max(best, passes * x.nbytes / (time.perf_counter() - begin))
+    return best
 
 
-def bound(model: Model, rows: int, context: float, bandwidth: float, dtype: str, kept: str) -> float:
+def bound(model: Model, rows: int, context: float, rate: float, dtype: str, kept: str) -> float:
     """Tokens per second at which the memory would be busy with nothing else (Pope et al., arXiv 2211.05102)."""
     itself = dtype if kept == "dtype" else kept
     layers = sum(np.prod(shape) for path, shape in weights.shapes(model).items() if path[0] == "layers")
     head = model.d_model * model.vocab_size * (BYTES[dtype] if model.tied_embeddings else BYTES[itself])
     cache = rows * context * speed.cache_bytes_per_token(replace(model, compute_dtype=dtype))
-    return float(rows * bandwidth / (layers * BYTES[itself] + head + cache))
+    return float(rows * rate / (layers * BYTES[itself] + head + cache))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,9 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--weights", default="dtype", choices=("dtype", "int8", "int4"))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--copy-gib", type=float, default=1.0, help="size of the array that is copied")
+    parser.add_argument("--copy-gib", type=float, default=1.0, help="size of the array that is copied and read")
     parser.add_argument("--transformers", metavar="PYTHON", help="a Python that has torch and transformers")
-    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python that has llama_cpp; rows one after another")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python that has xllamacpp")
     parser.add_argument("--minimum", action="append", default=[], metavar="PAIR=TOKENS_PER_S")
     parser.add_argument("--out", metavar="FILE.jsonl")
     args = parser.parse_args(argv)
@@ -143,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         isolated(write_model, hf, model)
         if args.llama_cpp:
             isolated(write_gguf, hf, gguf, args.dtype)
-        about, bandwidth = isolated(device), isolated(copy_bandwidth, int(args.copy_gib * 2**30))
+        about, rate = isolated(device), isolated(bandwidth, int(args.copy_gib * 2**30))
         for rows, context in pairs:
             sides = {"ours": lambda r=rows, c=context: isolated(ours, hf, r, c, args.new, args.dtype, args.weights)}
             given = prompts(model, rows, context - args.new)
@@ -157,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             for _ in range(args.rounds):
                 for name, measure in sides.items():
                     found[name].append(measure())
-            limit = bound(model, rows, context - args.new / 2, bandwidth, args.dtype, args.weights)
+            limit = bound(model, rows, context - args.new / 2, rate, args.dtype, args.weights)
             answers = found["ours"][0]["answers"]
             for name, times in found.items():
                 line = {"benchmark": "decode", "side": name, "preset": args.preset, "dtype": args.dtype}
@@ -170,10 +175,11 @@ def main(argv: list[str] | None = None) -> int:
                 prefill_s = min(t["prefill_s"] for t in times)
                 decode_s = min(t["total_s"] for t in times) - prefill_s
                 speed_ = rows * (args.new - 1) / decode_s
-                same = np.mean([np.mean(np.equal(a, b)) for a, b in zip(answers, times[0]["answers"], strict=True)])
+                pairs_of_ids = (zip(a, b, strict=False) for a, b in zip(answers, times[0]["answers"], strict=True))
+                same = sum(x == y for ids in pairs_of_ids for x, y in ids) / (rows * args.new)
                 line |= {"tokens_per_s": speed_, "prefill_tokens_per_s": rows * (context - args.new) / prefill_s}
-                line |= {"copy_bytes_per_s": bandwidth, "bound_tokens_per_s": limit, "share_of_bound": speed_ / limit}
-                emit(line | {"same_tokens": float(same)}, out)
+                line |= {"bandwidth_bytes_per_s": rate, "bound_tokens_per_s": limit, "share_of_bound": speed_ / limit}
+                emit(line | {"same_tokens": same}, out)
                 if name == "ours" and speed_ < least.get((rows, context), 0):
                     failed = True
                     print(f"decode.py: {rows}x{context}: {speed_:.0f} tokens/s are below {least[rows, context]:.0f}")
@@ -181,10 +187,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_gguf(hf: Path, file: Path, dtype: str) -> None:
+    """The same weights for llama.cpp, with any tokenizer: it is given ids, but does not start without one."""
+    from tinyllama_jax.data.tokenizer import train_bpe
     from tinyllama_jax.interop import gguf
 
     model, params = read_hf(hf)
-    gguf.write_gguf(params, model, file, kind={"float32": "F32", "bfloat16": "BF16"}[dtype])
+    folder = file.parent / "tokenizer"
+    folder.mkdir()
+    train_bpe([path.read_text() for path in Path(__file__).parent.glob("*.py")], 512, folder / "tokenizer.model")
+    kind = {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    gguf.write_gguf(params, model, file, kind=kind, tokenizer_folder=folder)
 
 
 if __name__ == "__main__":

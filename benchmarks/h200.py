@@ -86,6 +86,14 @@ def series(torch_python: str) -> dict[str, Piece]:
                 + ("--max-restore", "60", "--out", "{out}/checkpoint.jsonl")
             ],
         ),
+        "decode": Piece(
+            "generation beside the memory's bandwidth: one row, and 64 rows of 1024 tokens",
+            [
+                ("decode.py", "--preset", "tinyllama-1.1b", "--dtype", "bfloat16", "--pairs", "1x512,64x1024")
+                + ("--new", "128", "--copy-gib", "4", "--minimum", "1x512=1200", "--minimum", "64x1024=39000")
+                + ("--out", "{out}/decode.jsonl")
+            ],
+        ),
         "attention": Piece(
             "attention alone, rows of 2048, 32/4 heads: ours, cuDNN and the peers",
             [
