@@ -23,7 +23,8 @@ VENV ?= .venv
 # test processes; each simulates eight devices
 WORKERS ?= 2
 # a test that hangs is ended by its timeout, together with its process; another process would run it again
-SPREAD := -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+# and what took longest is said, for the whole must stay within what a person waits for
+SPREAD := -q --durations 30 --durations-min 8 -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 RUN := $(VENV)/bin/python
 FULL := $(VENV)/full/bin/python
 AOT := $(VENV)/aot/bin/python

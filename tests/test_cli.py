@@ -42,6 +42,7 @@ def test_the_list_of_options_is_meant():
     launched += ["--mount", "--name", "--on", "--partition", "--project", "--queue", "--setup", "--spot", "--time"]
     launched += ["--zone"]
     fitted = [*common, "--csv", "--draws", "--out", "--runs", "--seed", "--where"]
+    drawn = ["--min-p", "--repetition-penalty", "--seed", "--temperature", "--top-k", "--top-p"]
     columns = ["--c-column", "--d-column", "--loss-column", "--n-column"]
     assert options == {
         "demo": sorted([*common, *settings, "--experiment", "--workdir"]),
@@ -86,11 +87,30 @@ def test_the_list_of_options_is_meant():
         "report": sorted(
             [*common, "--compare", "--out", "--reference", "--reference-batch-tokens", "--reference-columns"]
         ),
-        "eval": sorted([*common, "--baselines", "--corpus", "--dtype", "--sequence-tokens", "--sequences"]),
+        "eval": sorted(
+            [*common, "--allow-code-execution", "--baselines", "--batch-rows", "--corpus", "--dtype", "--every-tokens"]
+            + ["--include-path", "--limit", "--out", "--samples", "--seed", "--sequence-tokens", "--sequences"]
+            + ["--shots", "--start", "--tasks", "--watch"]
+        ),
         "score": sorted([*common, "--dtype", "--tokens"]),
         "generate": sorted(
-            [*common, "--dtype", "--ignore-eos", "--max-new-tokens", "--prompt", "--seed", "--temperature"]
-            + ["--tokens", "--top-k", "--top-p"]
+            [*common, *drawn, "--dtype", "--draft", "--draft-tokens", "--ignore-eos", "--max-new-tokens", "--prompt"]
+            + ["--prompt-file", "--rows", "--self-check", "--slide", "--stop", "--tokens", "--weights"]
+        ),
+        "chat": sorted([*common, *drawn, "--dtype", "--max-new-tokens", "--system", "--template", "--weights"]),
+        "serve": sorted(
+            [
+                *common,
+                "--api-key-env",
+                "--context-tokens",
+                "--dtype",
+                "--grace",
+                "--host",
+                "--max-body",
+                "--model-name",
+                "--port",
+            ]
+            + ["--queue", "--rows", "--template", "--weights"]
         ),
         "import": sorted([*common, "--context-tokens", "--out"]),
         "export": sorted([*common, "--dtype", "--language", "--layout", "--license", "--out", "--shard-size"]),

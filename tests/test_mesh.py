@@ -69,8 +69,9 @@ def trained(shape, count=3, **settings):
         return weights, *steps(run, mesh, state, range(count))
 
 
-@pytest.mark.parametrize("masking", [False, True], ids=["whole", "documents"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "masking"), [*((shape, True) for shape in SHAPES), (SHAPES[0], False), (SHAPES[3], False)], ids=str
+)
 def test_every_mesh_trains_as_one_device(shape, masking):
     weights, curve, _ = trained(shape, masking=masking)
     same_weights, same_curve, _ = trained((1, 1, 1, 1), masking=masking)
@@ -110,7 +111,7 @@ def test_optimizer_state_lies_as_the_weights():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1), (1, 2, 1, 1), (1, 4, 1, 1), (1, 2, 1, 4), (1, 4, 1, 2), (1, 2, 4, 1), (2, 1, 2, 2)],
+    [(1, 1, 1, 1), (1, 2, 1, 4), (1, 2, 4, 1), (2, 1, 2, 2)],
     ids=str,
 )
 def test_a_checkpoint_goes_on_over_another_mesh(tmp_path, shape):

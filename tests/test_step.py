@@ -86,7 +86,7 @@ def test_masked_tokens_do_not_count():
     assert one[0, 0] == pytest.approx(np.average(per_row, weights=counts), rel=1e-6)
 
 
-@pytest.mark.parametrize(("replica", "data"), [(1, 8), (2, 4), (8, 1), (1, 2)])
+@pytest.mark.parametrize(("replica", "data"), [(2, 4), (1, 2)])
 def test_every_mesh_gives_the_losses_of_one_device(replica, data):
     run = quick()
     batches = [batch_of(run, seed=seed) for seed in range(6)]

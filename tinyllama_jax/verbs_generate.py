@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllama_jax import verbs_speculative
-from tinyllama_jax.errors import DataError, UserError
+from tinyllama_jax.errors import ConfigError, DataError, UserError
 from tinyllama_jax.train import saved
 
 
@@ -34,7 +34,7 @@ def generate(args: argparse.Namespace) -> None:
     mesh = serving_mesh(args.checkpoint)
     with computing(mesh, args.dtype):
         loaded = load_serving(args.checkpoint, mesh, dtype=args.dtype, weights=args.weights)
-        tokenizer, prompts, shown = encoded(loaded, given)
+        tokenizer, prompts, shown = encoded(loaded, given, args.stop)
         telling = Telling(tokenizer, prompts, args.stop, aloud=not args.json and len(prompts) == 1)
         answers = sample.generate(
             loaded.params,
@@ -67,9 +67,9 @@ def read_given(args: argparse.Namespace):
     return rows
 
 
-def encoded(loaded, given):
+def encoded(loaded, given, stop: Sequence[str] = ()):
     """The checkpoint's tokenizer, or None where ids are given and there is none; the prompts as ids; what is shown of
-    them before their answers."""
+    them before their answers.  Raises ConfigError where texts or stop strings need a tokenizer."""
     from tinyllama_jax.generate.load import prompt_tokens
 
     try:
@@ -78,6 +78,10 @@ def encoded(loaded, given):
         if isinstance(given, list):
             raise
         tokenizer = None  # ids in, ids out
+    if tokenizer is None and stop:
+        raise ConfigError(
+            f"{loaded.path} holds no tokenizer, so that --stop {stop[0]!r} cannot be found in its answers"
+        )
     if isinstance(given, list):
         return tokenizer, [prompt_tokens(tokenizer, loaded.marks, text) for text in given], given
     return tokenizer, given.tolist(), [""] * len(given)
@@ -117,7 +121,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 class Telling:
-    """The texts of the rows; printed while it grows where there is one.  Ends a row at a stop string."""
+    """The texts of the rows, which end at a stop string; of one row it is printed behind its prompt while it grows."""
 
     def __init__(self, tokenizer, prompts: Sequence[list[int]], stop: Sequence[str], *, aloud: bool):
         from tinyllama_jax.generate.text import Text
@@ -125,6 +129,8 @@ class Telling:
         self.texts = [Text(tokenizer, prompt, stop) for prompt in prompts] if tokenizer else None
         self.parts: list[list[str]] = [[] for _ in prompts]
         self.aloud = aloud and tokenizer is not None
+        if self.aloud:
+            print(tokenizer.decode(prompts[0]), end="", flush=True)
 
     def __call__(self, row: int, tokens: list[int]) -> bool:
         if self.texts is None:

@@ -44,7 +44,7 @@ def generate(args: argparse.Namespace) -> None:
             load_serving(text, mesh, dtype=args.dtype, weights=args.weights) for text in (args.checkpoint, args.draft)
         )
         common = common_ids(target, draft)
-        tokenizer, prompts, shown = verbs_generate.encoded(target, given)
+        tokenizer, prompts, shown = verbs_generate.encoded(target, given, args.stop)
         stop_ids = (tokenizer.eos_id,) if tokenizer and not args.ignore_eos else ()
 
         def run(on_tokens=None):
