@@ -129,8 +129,7 @@ class Telling:
         self.texts = [Text(tokenizer, prompt, stop) for prompt in prompts] if tokenizer else None
         self.parts: list[list[str]] = [[] for _ in prompts]
         self.aloud = aloud and tokenizer is not None
-        if self.aloud:
-            print(tokenizer.decode(prompts[0]), end="", flush=True)
+        self._before = tokenizer.decode(prompts[0]) if self.aloud else ""
 
     def __call__(self, row: int, tokens: list[int]) -> bool:
         if self.texts is None:
@@ -141,7 +140,8 @@ class Telling:
     def _tell(self, row: int, text: str) -> None:
         self.parts[row].append(text)
         if self.aloud:
-            print(text, end="", flush=True)
+            print(self._before + text, end="", flush=True)
+            self._before = ""
 
     def finish(self) -> list[str] | list[None]:
         if self.texts is None:

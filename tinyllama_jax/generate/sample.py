@@ -47,7 +47,7 @@ def generate(
     if total > model.context_tokens and not slide:
         raise ConfigError(
             f"a prompt of {max(map(len, prompts))} tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{model.context_tokens}"
+            f"{model.context_tokens}; ask for fewer, or let it slide (--slide) and forget the oldest"
         )
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     how |= {"repetition_penalty": repetition_penalty, "seed": seed}
