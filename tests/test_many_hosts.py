@@ -28,7 +28,7 @@ def whole(tmp_path_factory, small_store):
     return workdir
 
 
-@pytest.mark.parametrize(("count", "kills"), [(2, 3), (4, 1)])
+@pytest.mark.parametrize(("count", "kills"), [(2, 3)])  # `make proof-kills`: two and four, twenty times each
 @begun_again
 def test_killed_at_random_again_and_again(small_store, whole, tmp_path, count, kills):
     workdir, chance = tmp_path / "run", random.Random()
