@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 
 from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.errors import DataError
+from tinyllama_jax.generate.engine import bucket
 from tinyllama_jax.loss import token_nll_and_best
 from tinyllama_jax.model import transformer
 from tinyllama_jax.sharding import place, token_sharding
 
-SHORTEST = 32  # tokens of a row
 LAST_TOKENS = 8  # that one row is asked for
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of context and continuation
@@ -41,11 +41,6 @@ class Row:
     inputs: tuple[int, ...]
     last: list[int] = field(default_factory=list)
     asks: list[tuple[int, int, int]] = field(default_factory=list)  # request, its continuation's length, place in last
-
-
-def bucket(tokens: int, context_tokens: int) -> int:
-    """The row length that so many tokens are padded to."""
-    return min(max(SHORTEST, 1 << (tokens - 1).bit_length()), context_tokens)
 
 
 def rows_of(pairs: Sequence[Pair], context_tokens: int) -> list[Row]:
