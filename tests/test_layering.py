@@ -12,6 +12,7 @@ PACKAGE = ROOT / "tinyllama_jax"
 NO_JAX = {
     "config",
     "errors",
+    "finetune.recipe",
     "configio",
     "presets",
     "flops",
@@ -40,7 +41,16 @@ ONE_HOME = {
     **dict.fromkeys(("tensorboardX", "wandb", "trackio"), {"train.adapters"}),
 }
 BELOW_TRAIN = {"model", "attention", "loss", "optim", "data", "schedules", "presets", "flops", "sharding"}
-EXPERIMENTS_MAY_USE = {"config", "presets", "schedules", "lab", "lab.shapes", "lab.sweep"}
+EXPERIMENTS_MAY_USE = {
+    "config",
+    "finetune",
+    "finetune.recipe",
+    "presets",
+    "schedules",
+    "lab",
+    "lab.shapes",
+    "lab.sweep",
+}
 
 
 def files(folder: Path) -> list[Path]:
@@ -105,9 +115,9 @@ def test_the_parser_sees_every_way_to_import():
 def test_config_imports_the_standard_library_only():
     import sys
 
-    for name in ("config", "errors"):
+    for name in ("config", "config_model", "config_finetune", "errors"):
         imported = imports_of(MODULES[name])
-        assert ours(imported) <= {"errors"}
+        assert ours(imported) <= {"errors", "config_model", "config_finetune"}
         roots = {i.split(".")[0] for i in imported}
         assert roots <= sys.stdlib_module_names | {"tinyllama_jax"}
 

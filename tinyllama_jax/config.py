@@ -12,81 +12,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tinyllama_jax.errors import ConfigError
-
-
-def _require(condition: object, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary position embedding, half-split pairing (dimension i with i + rotated/2)."""
-
-    # default | none (NoPE) | partial (a share of the head) | linear (position interpolation)
-    # | ntk (theta raised once, static) | yarn (arXiv 2309.00071) | llama3 (Llama 3.1's wavelength bands)
-    kind: Literal["default", "none", "partial", "linear", "ntk", "yarn", "llama3"] = "default"
-    theta: float = 10_000.0
-    fraction: float = 1.0  # partial: share of head_dim that is rotated
-    factor: float = 1.0  # linear, ntk, yarn, llama3: context extension, new / original
-    original_context_tokens: int = 2048  # yarn, llama3: the context that the frequencies were trained at
-    beta_fast: float = 32.0  # yarn: rotations over the original context above which a dimension is kept
-    beta_slow: float = 1.0  # yarn: rotations below which a dimension is interpolated
-    attention_factor: float = 0.0  # yarn: scale of cos and sin; 0 = 0.1 ln(factor) + 1
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-
-    def __post_init__(self):
-        _require(self.theta > 0, f"rope.theta is {self.theta}; it must be positive")
-        _require(self.factor >= 1, f"rope.factor is {self.factor}; it must be at least 1")
-        _require(0 < self.fraction <= 1, f"rope.fraction is {self.fraction}; it must lie in (0, 1]")
-        _require(
-            self.kind != "llama3" or self.high_freq_factor > self.low_freq_factor,
-            "rope.high_freq_factor must exceed rope.low_freq_factor",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A member of the Llama family: pre-norm, RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
-
-    vocab_size: int
-    d_model: int
-    layers: int
-    heads: int  # query heads
-    kv_heads: int  # key/value heads: `heads` = MHA, 1 = MQA, a divisor between = GQA
-    head_dim: int  # free of d_model / heads
-    d_ff: int
-    context_tokens: int = 2048
-    norm_eps: float = 1e-5
-    tied_embeddings: bool = False
-    rope: Rope = field(default_factory=Rope)
-    # tinyllama: the documented recipe.  tinyllama_start: the code when the v1.0 run began.
-    # torch_default: what that run most likely got (INFERRED).  Formulas: model/init.py.
-    init: Literal["tinyllama", "tinyllama_start", "torch_default"] = "tinyllama"
-    dropout: float = 0.0  # on embeddings and both residual branches; 0 in TinyLlama
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # weights and optimizer state stay float32
-
-    def __post_init__(self):
-        for name in ("vocab_size", "d_model", "layers", "heads", "kv_heads", "head_dim", "d_ff", "context_tokens"):
-            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        _require(
-            self.heads % self.kv_heads == 0,
-            f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}",
-        )
-        _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
-        if self.rope.kind != "none":
-            rotated = self.rotated_dims
-            _require(
-                rotated >= 2 and rotated % 2 == 0,
-                f"RoPE would rotate {rotated} of model.head_dim={self.head_dim}; the number must be even and >= 2",
-            )
-
-    @property
-    def rotated_dims(self) -> int:
-        share = self.rope.fraction if self.rope.kind == "partial" else 1.0
-        return 0 if self.rope.kind == "none" else int(round(self.head_dim * share))
+from tinyllama_jax.config_finetune import Adapter as Adapter
+from tinyllama_jax.config_finetune import Examples as Examples
+from tinyllama_jax.config_finetune import Preference as Preference
+from tinyllama_jax.config_finetune import Start as Start
+from tinyllama_jax.config_model import Model as Model
+from tinyllama_jax.config_model import Rope as Rope
+from tinyllama_jax.config_model import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +40,10 @@ class Recipe:
     item_bytes: int = 256 << 20  # input that is tokenised at a time, by one process
 
     def __post_init__(self):
-        _require(bool(self.sources), "data.recipe.sources is empty")
-        _require(self.window_tokens > 1, f"data.recipe.window_tokens is {self.window_tokens}; it must be at least 2")
-        _require(self.item_bytes > 0, f"data.recipe.item_bytes is {self.item_bytes}; it must be positive")
-        _require(
+        require(bool(self.sources), "data.recipe.sources is empty")
+        require(self.window_tokens > 1, f"data.recipe.window_tokens is {self.window_tokens}; it must be at least 2")
+        require(self.item_bytes > 0, f"data.recipe.item_bytes is {self.item_bytes}; it must be positive")
+        require(
             0 < self.validation_share < 1,
             f"data.recipe.validation_share is {self.validation_share}; it must lie in (0, 1)",
         )
@@ -126,6 +58,8 @@ class Data:
     # which marks the store's documents must carry; `any` = whatever it has
     document_marks: Literal["any", "eos", "bos", "both", "none"] = "any"
     recipe: Recipe | None = None  # makes `store` when it is missing
+    examples: Examples | None = None  # `store` holds examples instead, and is made of these when it is missing
+    replay_store: str = ""  # a second token store, whose sources are called replay/NAME in mixtures
     cache: str = ""  # folder on a local disk that keeps what was read of a store in object storage
     # Neighbouring windows that stay neighbours when shuffled: 1 = every window for itself, right for local disks;
     # network storage reads 64 together several times faster.
@@ -137,9 +71,13 @@ class Data:
     unique_seed: int = 0
 
     def __post_init__(self):
-        _require(bool(self.store), "data.store is empty; it names the token store's directory")
-        _require(self.unique_tokens >= 0, f"data.unique_tokens is {self.unique_tokens}; it must be 0 (all) or more")
-        _require(self.sequence_tokens > 0, f"data.sequence_tokens is {self.sequence_tokens}; it must be positive")
+        require(bool(self.store), "data.store is empty; it names the token store's directory")
+        require(
+            self.examples is None or not (self.recipe or self.replay_store or self.unique_tokens),
+            "data.examples excludes data.recipe, data.replay_store and data.unique_tokens",
+        )
+        require(self.unique_tokens >= 0, f"data.unique_tokens is {self.unique_tokens}; it must be 0 (all) or more")
+        require(self.sequence_tokens > 0, f"data.sequence_tokens is {self.sequence_tokens}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +93,13 @@ class Stage:
 
     def __post_init__(self):
         where = f"stage {self.name!r}"
-        _require(self.tokens > 0, f"{where}: tokens is {self.tokens}; it must be positive")
-        _require(self.batch_tokens > 0, f"{where}: batch_tokens is {self.batch_tokens}; it must be positive")
-        _require(0 <= self.ramp_tokens <= self.tokens, f"{where}: ramp_tokens must lie between 0 and tokens")
+        require(self.tokens > 0, f"{where}: tokens is {self.tokens}; it must be positive")
+        require(self.batch_tokens > 0, f"{where}: batch_tokens is {self.batch_tokens}; it must be positive")
+        require(0 <= self.ramp_tokens <= self.tokens, f"{where}: ramp_tokens must lie between 0 and tokens")
         for label, mixture in (("mixture", self.mixture), ("ramp_from", self.ramp_from)):
-            _require(all(w >= 0 for w in mixture.values()), f"{where}: {label} has a negative weight")
-        _require(sum(self.mixture.values()) > 0, f"{where}: mixture has no positive weight")
-        _require(not self.ramp_from or sum(self.ramp_from.values()) > 0, f"{where}: ramp_from has no positive weight")
+            require(all(w >= 0 for w in mixture.values()), f"{where}: {label} has a negative weight")
+        require(sum(self.mixture.values()) > 0, f"{where}: mixture has no positive weight")
+        require(not self.ramp_from or sum(self.ramp_from.values()) > 0, f"{where}: ramp_from has no positive weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,20 +117,22 @@ class LearningRate:
     points: tuple[tuple[int, float], ...] = ()  # piecewise: (tokens, rate), linear between, constant outside
 
     def __post_init__(self):
-        _require(self.peak > 0, f"lr.peak is {self.peak}; it must be positive")
-        _require(0 <= self.end <= self.peak, f"lr.end={self.end} must lie between 0 and lr.peak={self.peak}")
+        require(self.peak > 0, f"lr.peak is {self.peak}; it must be positive")
+        require(0 <= self.end <= self.peak, f"lr.end={self.end} must lie between 0 and lr.peak={self.peak}")
         for name in ("warmup_tokens", "horizon_tokens", "flat_until_tokens", "decay_tokens"):
-            _require(getattr(self, name) >= 0, f"lr.{name} is negative")
-        _require(self.kind != "wsd" or self.decay_tokens > 0, "lr.kind=wsd needs lr.decay_tokens")
+            require(getattr(self, name) >= 0, f"lr.{name} is negative")
+        require(self.kind != "wsd" or self.decay_tokens > 0, "lr.kind=wsd needs lr.decay_tokens")
         tokens = [t for t, _ in self.points]
-        _require(self.kind != "piecewise" or bool(tokens), "lr.kind=piecewise needs lr.points")
-        _require(tokens == sorted(set(tokens)), "lr.points must have increasing tokens")
+        require(self.kind != "piecewise" or bool(tokens), "lr.kind=piecewise needs lr.points")
+        require(tokens == sorted(set(tokens)), "lr.points must have increasing tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """AdamW in float32 with decoupled weight decay, and what is minimised besides the loss."""
 
+    # rmsprop: the gradient over the root of a mean of its squares with beta2, PyTorch's RMSprop; beta1 has no part
+    kind: Literal["adamw", "rmsprop"] = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -208,11 +148,11 @@ class Optimizer:
 
     def __post_init__(self):
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
         for name in ("eps", "skip_window_steps", "max_skips"):
-            _require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
+            require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
         for name in ("weight_decay", "clip_norm", "z_loss", "skip_sigma"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name} is negative")
+            require(getattr(self, name) >= 0, f"optimizer.{name} is negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +163,7 @@ class Fork:
     tokens: int  # the parent's checkpoint at exactly this many tokens
 
     def __post_init__(self):
-        _require(self.tokens > 0, f"fork.tokens is {self.tokens}; it must be positive")
+        require(self.tokens > 0, f"fork.tokens is {self.tokens}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +182,8 @@ class Execution:
     deterministic: bool = False  # GPUs: the same bits every time, as CPUs and TPUs do anyway; programs in RUN/programs
 
     def __post_init__(self):
-        _require(self.micro_batch_sequences >= 0, "execution.micro_batch_sequences is negative")
-        _require(self.loss_chunk_tokens > 0, "execution.loss_chunk_tokens must be positive")
+        require(self.micro_batch_sequences >= 0, "execution.micro_batch_sequences is negative")
+        require(self.loss_chunk_tokens > 0, "execution.loss_chunk_tokens must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +197,8 @@ class Mesh:
 
     def __post_init__(self):
         sizes = (self.replica, self.data, self.context, self.tensor)
-        _require(all(s == -1 or s > 0 for s in sizes), f"mesh sizes {sizes} must be positive, or -1 for the rest")
-        _require(sizes.count(-1) <= 1, "only one mesh axis may be -1")
+        require(all(s == -1 or s > 0 for s in sizes), f"mesh sizes {sizes} must be positive, or -1 for the rest")
+        require(sizes.count(-1) <= 1, "only one mesh axis may be -1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,9 +218,9 @@ class Checkpoint:
 
     def __post_init__(self):
         for name in ("temporary_seconds", "temporary_steps", "permanent_tokens", "retry_seconds"):
-            _require(getattr(self, name) >= 0, f"checkpoint.{name} is negative")
+            require(getattr(self, name) >= 0, f"checkpoint.{name} is negative")
         for name in ("keep_temporary", "max_failed_saves", "barrier_seconds"):
-            _require(getattr(self, name) > 0, f"checkpoint.{name} must be positive")
+            require(getattr(self, name) > 0, f"checkpoint.{name} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,9 +241,9 @@ class Health:
 
     def __post_init__(self):
         for name in ("watchdog_seconds", "max_rollbacks", "divergence_nats", "stall_factor", "slow_share"):
-            _require(getattr(self, name) >= 0, f"health.{name} is negative")
+            require(getattr(self, name) >= 0, f"health.{name} is negative")
         for name in ("peer_seconds", "alert_window_steps"):
-            _require(getattr(self, name) > 0, f"health.{name} must be positive")
+            require(getattr(self, name) > 0, f"health.{name} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +254,10 @@ class Evaluation:
     # how much lower their loss is tells what was memorised.
     seen_sequences: int = 0
     batch_sequences: int = 8
+    keep_best: bool = False  # the checkpoint with the lowest validation loss is kept, as RUN@best
+    patience: int = 0  # the run ends after so many evaluations in a row without a better one; 0 = never
     prompts: tuple[str, ...] = ()  # continued at each stage's end, for the report
+    questions: tuple[str, ...] = ()  # a chat model's: answered at each evaluation, in its template
     sample_tokens: int = 64
     sample_temperature: float = 0.7  # 0 = greedy
     sample_top_p: float = 0.9
@@ -323,14 +266,14 @@ class Evaluation:
     decode: tuple[str, ...] = ()  # where `measure` times generation, such as 8x512: 8 rows behind 512 tokens each
 
     def __post_init__(self):
-        for name in ("every_tokens", "sequences", "seen_sequences"):
-            _require(getattr(self, name) >= 0, f"evaluation.{name} is negative")
+        for name in ("every_tokens", "sequences", "seen_sequences", "patience"):
+            require(getattr(self, name) >= 0, f"evaluation.{name} is negative")
         for name in ("batch_sequences", "sample_tokens"):
-            _require(getattr(self, name) > 0, f"evaluation.{name} must be positive")
-        _require(self.sample_temperature >= 0, "evaluation.sample_temperature is negative")
-        _require(0 < self.sample_top_p <= 1, "evaluation.sample_top_p must lie in (0, 1]")
+            require(getattr(self, name) > 0, f"evaluation.{name} must be positive")
+        require(self.sample_temperature >= 0, "evaluation.sample_temperature is negative")
+        require(0 < self.sample_top_p <= 1, "evaluation.sample_top_p must lie in (0, 1]")
         sized = [re.fullmatch(r"[1-9]\d*x[1-9]\d*", pair) for pair in self.decode]
-        _require(all(sized), f"evaluation.decode={list(self.decode)}: each must be rows x tokens, such as 8x512")
+        require(all(sized), f"evaluation.decode={list(self.decode)}: each must be rows x tokens, such as 8x512")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +298,9 @@ class Run:
     optimizer: Optimizer = field(default_factory=Optimizer)
     seed: int = 3407  # TinyLlama's
     fork: Fork | None = None
+    start: Start | None = None
+    adapter: Adapter | None = None
+    preference: Preference | None = None
     execution: Execution = field(default_factory=Execution)
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -363,27 +309,33 @@ class Run:
     tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self):
-        _require(bool(self.curriculum), "curriculum has no stage")
+        require(bool(self.curriculum), "curriculum has no stage")
         names = [s.name for s in self.curriculum]
-        _require(len(set(names)) == len(names), f"curriculum stages share a name: {names}")
+        require(len(set(names)) == len(names), f"curriculum stages share a name: {names}")
+        require(self.start is None or self.fork is None, "a run begins with `start` or with `fork`, not with both")
+        for name in ("adapter", "preference"):
+            require(
+                getattr(self, name) is None or self.start, f"{name} needs start.checkpoint: the weights it begins at"
+            )
+        require(self.preference is None or self.data.examples, "preference learns from pairs in data.examples")
         length = self.data.sequence_tokens
-        _require(
+        require(
             length <= self.model.context_tokens,
             f"data.sequence_tokens={length} exceeds model.context_tokens={self.model.context_tokens}",
         )
         longer = self.evaluation.beyond_tokens
         why = f"each, like data.sequence_tokens={length}, must divide the longest, and none be shorter than that"
         fits = all(n >= length and max(longer) % n == 0 for n in longer and (*longer, length))
-        _require(fits, f"evaluation.beyond_tokens={list(longer)}: {why}")
+        require(fits, f"evaluation.beyond_tokens={list(longer)}: {why}")
         for stage in self.curriculum:
-            _require(
+            require(
                 stage.batch_tokens % length == 0,
                 f"stage {stage.name!r}: batch_tokens={stage.batch_tokens} is not a multiple of "
                 f"data.sequence_tokens={length}",
             )
             micro = self.execution.micro_batch_sequences
             sequences = stage.batch_tokens // length
-            _require(
+            require(
                 micro == 0 or sequences <= micro or sequences % micro == 0,
                 f"stage {stage.name!r}: {sequences} sequences per batch cannot be cut into micro-batches of "
                 f"execution.micro_batch_sequences={micro}",

@@ -206,7 +206,15 @@ def identity(run: Run, begun_tokens: int | None = None) -> dict:
     """
     full = to_dict(run)
     kept = {name: full[name] for name in ("seed", "model", "lr", "optimizer", "fork")}
+    kept |= {name: full[name] for name in ("start", "adapter", "preference") if full[name] is not None}
+    if run.start:
+        kept["start"]["checkpoint"] = os.path.basename(os.path.normpath(run.start.checkpoint))
     kept["data"] = {k: v for k, v in full["data"].items() if k not in ("store", "cache")}
+    for name in ("examples", "replay_store"):  # as runs were named before there was fine-tuning
+        if not full["data"][name]:
+            del kept["data"][name]
+    if run.optimizer.kind == "adamw":
+        del kept["optimizer"]["kind"]
     if not run.data.unique_tokens:  # as runs were named before there were budgets
         del kept["data"]["unique_tokens"], kept["data"]["unique_seed"]
     if run.data.recipe is None:  # without a recipe the store's own name is all that identifies the text

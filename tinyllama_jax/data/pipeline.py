@@ -71,6 +71,7 @@ class Pipeline:
         window (then read-only and one row in memory).  For models that know positions as such; RoPE does not.
         valid bool [B, T]: whether the target counts.  Padding does not, and with document masking neither does a target
         in another document than its input token.
+        reference float32 [B, 2], of pairs only: log-probabilities of both answers before training.
         Raises DataError when the store's bytes are damaged, IndexError outside the run.
         """
         shape = self.plan.at_step(step).batch_sequences // self.process_count, self.window_tokens - 1
@@ -82,6 +83,8 @@ class Pipeline:
             batch["targets"][rows] = windows.tokens_NT[:, 1:]
             batch["documents"][rows] = windows.documents_NT[:, :-1]
             batch["valid"][rows] = valid_targets(windows, self.masking)
+            if windows.reference_N2 is not None:
+                batch.setdefault("reference", np.empty((shape[0], 2), np.float32))[rows] = windows.reference_N2
             if self.masking:
                 batch["positions"][rows] = positions(windows.documents_NT[:, :-1], True)
         return batch
@@ -147,12 +150,14 @@ class Pipeline:
 
 def valid_targets(windows: Windows, document_masking: bool) -> np.ndarray:
     """Which targets of windows [N, T+1] count: bool [N, T].  Not the padding; with document masking, not those in
-    another document than the token before."""
+    another document than the token before; of examples, only what is to be learned."""
     tokens, documents_NT = windows.tokens_NT.shape[1], windows.documents_NT
     shape = len(documents_NT), tokens - 1
     valid = documents_NT[:, 1:] == documents_NT[:, :-1] if document_masking else np.ones(shape, bool)
     padded = np.flatnonzero(windows.used_N < tokens)
     valid[padded] &= np.arange(1, tokens) < windows.used_N[padded, None]
+    if windows.learned_NT is not None:
+        valid &= windows.learned_NT[:, 1:]
     return valid
 
 

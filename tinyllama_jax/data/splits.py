@@ -20,6 +20,13 @@ class Windows(NamedTuple):
     tokens_NT: np.ndarray  # int32
     documents_NT: np.ndarray  # int32: index of each token's document, counted from the window's first
     used_N: np.ndarray  # int32: tokens before the padding, T where there is none
+    # Of examples (finetune/store.py) only.
+    learned_NT: np.ndarray | None = None  # bool: tokens whose prediction counts; None = all
+    reference_N2: np.ndarray | None = None  # float32: log-probabilities of the pair's answers, before training
+
+    def rows(self, which: slice | np.ndarray) -> Windows:
+        """Some of the windows."""
+        return Windows(*(None if array is None else array[which] for array in self))
 
 
 class Split:

@@ -69,7 +69,7 @@ def text(run: Run, store: TokenStore, sequences: int | None = None) -> HeldOut:
 
 def cut(windows: Windows, length: int) -> Windows:
     """Windows [N, T+1] as windows [N T/length, length+1], each of which predicts the next `length` tokens."""
-    tokens_NT, documents_NT, used_N = windows
+    tokens_NT, documents_NT, used_N = windows.tokens_NT, windows.documents_NT, windows.used_N
     starts = np.arange(0, tokens_NT.shape[1] - 1, length)
     places = starts[:, None] + np.arange(length + 1)
     used = np.clip(used_N[:, None] - starts, 0, length + 1).astype(np.int32)

@@ -91,8 +91,8 @@ class Validator:
         nll, tokens, size = [], [], 0  # by window
         spec, context = token_sharding(self.mesh).spec, self.mesh.shape["context"]
         for start in range(0, len(windows.tokens_NT), self.rows):
-            rows = Windows(*(array[start : start + self.rows] for array in windows))
-            window_BW, documents_BW, _ = rows
+            rows = windows.rows(slice(start, start + self.rows))
+            window_BW, documents_BW = rows.tokens_NT, rows.documents_NT
             valid_BT = valid_targets(rows, self.document_masking)
             size += int(self.token_bytes_V[window_BW[:, 1:]][valid_BT].sum())
             padding = ((0, self.rows - len(window_BW)), (0, 0))

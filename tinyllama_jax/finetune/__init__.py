@@ -1,0 +1,1 @@
+"""From a base checkpoint to what people use: examples, adapters, preferences, recipes."""
