@@ -107,7 +107,7 @@ def _samples(store: TokenStore, count: int, seed: int) -> Iterator[dict]:
             continue
         ids = np.append(0, random.integers(0, available, count - 1))
         for number, (window, row, documents, used) in enumerate(
-            zip(ids.tolist(), *split.read(ids, store.window_tokens), strict=True)
+            zip(ids.tolist(), *split.read(ids, store.window_tokens)[:3], strict=True)
         ):
             documents = documents[:used]
             document = int(random.integers(0, documents[-1] + 1)) if number else 0
