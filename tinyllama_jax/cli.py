@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from tinyllama_jax import __version__, verbs
 from tinyllama_jax.cli_chat import add_chat
 from tinyllama_jax.cli_evaluate import add_evaluate
+from tinyllama_jax.cli_finetune import FINETUNE_STEPS, add_finetune
 from tinyllama_jax.cli_generate import add_generate
 from tinyllama_jax.cli_interop import add_interop
 from tinyllama_jax.cli_lab import FIT_STEPS, add_allocate, add_fit
@@ -29,7 +30,8 @@ from tinyllama_jax.cli_sweep import add_sweep
 from tinyllama_jax.configio import nearest
 from tinyllama_jax.errors import UserError
 
-STEPS = {"prepare": PREPARE_STEPS, "launch": LAUNCH_STEPS, "fit": FIT_STEPS}  # verbs of two words
+# Verbs of two words.
+STEPS = {"prepare": PREPARE_STEPS, "launch": LAUNCH_STEPS, "fit": FIT_STEPS, "finetune": FINETUNE_STEPS}
 # Errors of the machine that the user can mend: disk full, no permission, a file where a folder should be, ...
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 
@@ -86,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     def dtype(sub) -> None:
         sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute in (float32)")
 
+    def several(sub) -> None:
+        group = sub.add_argument_group("several processes", "found from Slurm, Open MPI, GKE or TPU when not given")
+        group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="where process 0 can be reached")
+        group.add_argument("--processes", type=int, default=0, metavar="N", help="how many train together")
+        group.add_argument("--process", type=int, default=-1, metavar="I", help="which of them this is, from 0")
+
     sub = verb(
         "demo",
         verbs.demo,
@@ -112,12 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="continue although fields that decide the numbers differ from the checkpoint's",
     )
-    several = sub.add_argument_group("several processes", "found from Slurm, Open MPI, GKE or TPU when not given")
-    several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="where process 0 can be reached")
-    several.add_argument("--processes", type=int, default=0, metavar="N", help="how many train together")
-    several.add_argument("--process", type=int, default=-1, metavar="I", help="which of them this is, from 0")
+    several(sub)
     settings(sub)
 
+    add_finetune(verb, settings, as_json, several)
     add_sweep(verb, settings, as_json)
 
     sub = verb(

@@ -20,6 +20,8 @@ from tinyllama_jax.config_model import Model as Model
 from tinyllama_jax.config_model import Rope as Rope
 from tinyllama_jax.config_model import require
 
+REPLAY = "replay/"  # before the names of the sources of data.replay_store
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

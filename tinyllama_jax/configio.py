@@ -21,6 +21,9 @@ from typing import Any, Literal, Union
 
 from tinyllama_jax.config import Run
 from tinyllama_jax.errors import ConfigError, UsageError
+from tinyllama_jax.finetune.recipe import FineTune
+
+Experiment = typing.TypeVar("Experiment", Run, FineTune)
 
 # ---------------------------------------------------------------------------------------------------------
 # dataclasses <-> plain JSON values
@@ -99,7 +102,7 @@ def _unknown(path: str, key: str, known: Sequence[str]) -> str:
 # --set a.b=c
 
 
-def override(run: Run, settings: Sequence[str]) -> Run:
+def override(run: Experiment, settings: Sequence[str]) -> Experiment:
     """Applies `a.b=c` words, parsed by the field's type.
 
     Stages are addressed by number or name (`curriculum.cooldown.tokens=1e6`).  Groups, lists and mixtures may be
@@ -111,12 +114,12 @@ def override(run: Run, settings: Sequence[str]) -> Run:
         path, separator, text = setting.partition("=")
         if not separator or not path:
             raise UsageError(f"--set {setting!r}: write it as key=value, such as --set lr.peak=1e-3")
-        _assign(tree, path.split("."), text, setting)
-    return from_dict(Run, tree)
+        _assign(tree, type(run), path.split("."), text, setting)
+    return from_dict(type(run), tree)
 
 
-def _assign(tree: Any, keys: list[str], text: str, setting: str) -> None:
-    node, kind, walked = tree, Run, ""
+def _assign(tree: Any, kind: Any, keys: list[str], text: str, setting: str) -> None:
+    node, walked = tree, ""
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         kind = _without_none(kind)
@@ -257,6 +260,16 @@ def differences(before: Any, after: Any, where: str = "") -> list[str]:
 # module:function
 
 
+def load_recipe(name: str, search: Sequence[str] = ()) -> FineTune:
+    """The FineTune that `module:function` returns."""
+    made = _made(name, search)
+    if isinstance(made, FineTune):
+        return made
+    if isinstance(made, Run):
+        raise ConfigError(f"experiment {name!r} is a Run, no recipe for fine-tuning: `tinyllama train` trains it")
+    raise ConfigError(f"experiment {name!r} returned {type(made).__name__}, not a FineTune")
+
+
 def load_experiment(name: str, search: Sequence[str] = ()) -> Run:
     """The Run that `module:function` returns, or the n-th, from 0, of the list that `module:function[n]` does.
 
@@ -281,6 +294,19 @@ def load_experiment(name: str, search: Sequence[str] = ()) -> Run:
 
 def load_runs(name: str, search: Sequence[str] = ()) -> Run | list[Run]:
     """What `module:function` returns: a Run, or the list of Runs of a sweep, which is not empty."""
+    made = _made(name, search)
+    if isinstance(made, Run):
+        return made
+    if isinstance(made, (list, tuple)) and made and all(isinstance(run, Run) for run in made):
+        return list(made)
+    if isinstance(made, FineTune):
+        raise ConfigError(f"experiment {name!r} is a recipe for fine-tuning: `tinyllama finetune` trains it")
+    what = "an empty list" if isinstance(made, (list, tuple)) and not made else type(made).__name__
+    raise ConfigError(f"experiment {name!r} returned {what}, not a Run and not a list of Runs")
+
+
+def _made(name: str, search: Sequence[str]) -> Any:
+    """What `module:function` returns."""
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
         raise UsageError(f"experiment {name!r}: write it as module:function, such as experiments.smoke:demo")
@@ -303,10 +329,4 @@ def load_runs(name: str, search: Sequence[str] = ()) -> Run | list[Run]:
         public = [n for n in own if not n.startswith("_")]
         hint = nearest(function_name, public) or f" (there are: {', '.join(public)})"
         raise UsageError(f"experiment {name!r}: {module_name} has no function {function_name!r}{hint}")
-    made = function()
-    if isinstance(made, Run):
-        return made
-    if isinstance(made, (list, tuple)) and made and all(isinstance(run, Run) for run in made):
-        return list(made)
-    what = "an empty list" if isinstance(made, (list, tuple)) and not made else type(made).__name__
-    raise ConfigError(f"experiment {name!r} returned {what}, not a Run and not a list of Runs")
+    return function()

@@ -50,6 +50,7 @@ class FineTune:
     name: str
     base: str = ""  # the checkpoint to begin with: a run, RUN@STEP, RUN@best or a directory; usually given by --base
     examples: Examples | None = None
+    store: str = ""  # where prepared examples are kept; empty = WORKDIR/examples
     text: Text | None = None
     adapter: Adapter | None = None  # None: all weights are trained
     preference: Preference | None = None

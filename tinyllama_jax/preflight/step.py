@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import attention, mesh_rules
 from tinyllama_jax.attention import choice
@@ -129,8 +131,14 @@ class Compiler:
             dtypes["documents"] = np.int32
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=spread) for name, dtype in dtypes.items()}
         lr, step = (jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)) for dtype in (np.float32, np.int32))
+        if run.preference:
+            rows = token_sharding(mesh, leading=1).spec[1]
+            spread = NamedSharding(mesh, P(None, rows, None))
+            batch["reference"] = jax.ShapeDtypeStruct((*shape[:2], 2), np.float32, sharding=spread)
         with self._context(run):
             state = train_state.abstract(run, mesh)
+            if run.adapter:
+                state["frozen"] = train_state.abstract_frozen(run, mesh)
             yield train_step.make_train_step(run).lower(state, batch, lr, step), state, batch
 
     def __call__(self, rows: int, micro_batches: int) -> dict[str, Any]:

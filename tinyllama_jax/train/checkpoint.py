@@ -66,6 +66,7 @@ class Checkpoints:
         self._on_event = on_event or (lambda kind, step: None)
         self._peers, self._barrier_seconds = peers, barrier_seconds
         self._thread: threading.Thread | None = None
+        self.best: int | None = None  # a step that is kept although it is temporary
         self._compiling: Future | None = None  # what `save` needs first
         self._failure: CheckpointError | None = None
         self._together("checkpoints opened", lambda: self._place.mend() if peers.lead else None)
@@ -223,7 +224,7 @@ class Checkpoints:
     def _clear_away(self, step: int) -> None:
         temporary = [s for s in self.steps() if not self._place.is_permanent(s)]
         for old in temporary[: -self._keep_temporary]:
-            if old != step:
+            if old not in (step, self.best):
                 self._place.remove(old)
 
     def _together(self, name: str, work: Callable[[], object]) -> list:

@@ -12,28 +12,28 @@ writes the records.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from tinyllama_jax import attention, configio, flops, mesh_rules
-from tinyllama_jax.config import Execution, Run, replace
+from tinyllama_jax import attention, mesh_rules
+from tinyllama_jax.config import Run, replace
 from tinyllama_jax.data.durable import write_json
 from tinyllama_jax.data.pipeline import Pipeline
 from tinyllama_jax.distributed import ALONE, Peers
-from tinyllama_jax.errors import CheckpointError, ConfigError, Preempted
-from tinyllama_jax.evaluate.loss import Validator, held_out
-from tinyllama_jax.generate.load import prompt_tokens
-from tinyllama_jax.generate.sample import generate
+from tinyllama_jax.errors import CheckpointError, Preempted
+from tinyllama_jax.finetune.reference import references
 from tinyllama_jax.schedules import Plan, learning_rate
 from tinyllama_jax.sharding import computing, make_mesh, place, row_share
-from tinyllama_jax.train import ballot, health, rollback, start, step, track
+from tinyllama_jax.train import ballot, best, health, rollback, start, step, track
 from tinyllama_jax.train import state as train_state
 from tinyllama_jax.train.alerts import Alerts
 from tinyllama_jax.train.ballot import Wants
 from tinyllama_jax.train.checkpoint import Checkpoints
+from tinyllama_jax.train.examine import Examiner, peak_memory
 from tinyllama_jax.train.notice import Notice
 from tinyllama_jax.train.profile import Profile
 from tinyllama_jax.train.record import Record
@@ -112,32 +112,30 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
     mesh = make_mesh(run.mesh)
     mesh_rules.check(run, plan.stages, mesh.shape)
     share, shares = row_share(mesh, peers.index)
-    pipeline = Pipeline(
-        store,
-        run.data,
-        plan,
-        run.seed,
-        vocab_size=run.model.vocab_size,
-        process_index=share,
-        process_count=shares,
-    )
+    placed = {"vocab_size": run.model.vocab_size, "process_index": share, "process_count": shares}
+    pipeline = Pipeline(store, run.data, plan, run.seed, **placed)
     order = pipeline.order
     if start.is_finished(run, plan, store, order, checkpoints, allow_config_change=allow_config_change):
-        start.say(f"{workdir}: finished at step {plan.total_steps}; nothing left to do", peers)
+        last = checkpoints.peek()["step"]
+        start.say(f"{workdir}: finished at step {last}; nothing left to do", peers)
         if peers.lead:
-            track.ensure_finished(workdir, plan.total_steps)
+            track.ensure_finished(workdir, last)
         return
-    # Weights and two moments in float32; a new checkpoint is complete before the one it replaces is removed.
-    if peers.lead and not run.checkpoint.directory:
-        health.check_space(workdir, 2 * 3 * 4 * flops.parameter_counts(run.model)["total"])
     with computing(mesh, run.model.compute_dtype):
         name, reason = attention.choose(run.execution.attention, attention.Call.of(run))
         target = train_state.abstract(run, mesh)
+        # A new checkpoint is complete before the one it replaces is removed.
+        if peers.lead and not run.checkpoint.directory:
+            size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
+            health.check_space(workdir, 2 * size)
         watchdog.at("restoring", slow=True)
         restoring = time.monotonic()
-        done, state, how = start.begin(
+        done, state, how, based_on = start.begin(
             run, plan, store, order, checkpoints, target, mesh, workdir, peers, allow_config_change=allow_config_change
         )
+        if run.preference:
+            store = references(run, store, mesh, workdir, peers)
+            pipeline = Pipeline(store, run.data, plan, run.seed, **placed)
         restore_s = time.monotonic() - restoring if how.startswith("resumed") else 0.0
         if peers.lead:
             write_json(workdir / "run.json", start.describe(run, plan, store, mesh, experiment))
@@ -155,7 +153,7 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
                 contextlib.closing(Profile(tracking, workdir / "profile")) as profile,
             ):
                 _steps(
-                    *(run, plan, store, batches, pipeline, mesh, state, done, began),
+                    *(run, workdir, plan, store, batches, pipeline, mesh, state, done, began, based_on),
                     *(checkpoints, tracker, profile, peers, stop, watchdog),
                 )
         finally:
@@ -163,30 +161,15 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
 
 
 def _steps(
-    run, plan, store, batches, pipeline, mesh, state, done, began, checkpoints, tracker, profile, peers, stop, watchdog
-) -> None:
+    run, workdir, plan, store, batches, pipeline, mesh, state, done, began, based_on,
+    checkpoints, tracker, profile, peers, stop, watchdog,
+) -> None:  # fmt: skip
     """From `done` steps to the end of the plan."""
     options = step.compiler_options(run.execution)
     train_step = ballot.with_wants(step.make_train_step(run), mesh, peers, run.checkpoint.barrier_seconds, options)
     rate = learning_rate(run.lr, plan)
-    tokenizer = store.tokenizer()
-    validator = Validator(
-        held_out(store, run.data.sequence_tokens + 1, run.evaluation.sequences),
-        tokenizer.token_bytes(),
-        run.model,
-        run.execution,
-        mesh,
-        batch_sequences=run.evaluation.batch_sequences,
-        document_masking=run.data.document_masking,
-        peers=peers,
-        barrier_seconds=run.checkpoint.barrier_seconds,
-    )
-    seen, seen_after = pipeline.first(run.evaluation.seen_sequences) if run.evaluation.seen_sequences else ({}, 0)
-    order = pipeline.order
-    prompts = [prompt_tokens(tokenizer, store.manifest["document_marks"], p) for p in run.evaluation.prompts]
-    room = run.model.context_tokens - max(map(len, prompts), default=0)
-    if room < 1:  # better now than at the first stage's end
-        raise ConfigError(f"evaluation.prompts: one fills the model's context of {run.model.context_tokens} tokens")
+    examiner = Examiner(run, plan, store, pipeline, mesh, done, workdir, peers)
+    order, meta = pipeline.order, start.checkpoint_meta(run, store, based_on)
     describe = Record(run, plan, order)
     alerts = Alerts(run.health, max_skips=run.optimizer.max_skips)
 
@@ -221,52 +204,31 @@ def _steps(
     def validate(at: int) -> None:
         before = time.perf_counter()
         watchdog.at(f"validation at step {at}", slow=True)
-        record = {"step": at, "tokens": plan.tokens_at(at), "domains": validator(state["params"])}
-        if seen and at >= seen_after:
-            record["seen"] = validator(state["params"], seen)
+        record = examiner.validate(state, at)
         seconds = time.perf_counter() - before
         tracker.validation(record | {"timing": {"seconds": seconds} | peak_memory()})
         tracker.event("evaluated", step=at, seconds=seconds)
 
-    def sample(at: int) -> None:
-        if not prompts:
-            return
+    def sample(at: int, border: bool) -> None:
         before = time.perf_counter()
         watchdog.at(f"samples at step {at}", slow=True)
-        answers = generate(
-            state["params"],
-            run.model,
-            Execution(),
-            prompts,
-            max_new_tokens=min(run.evaluation.sample_tokens, room),
-            temperature=run.evaluation.sample_temperature,
-            top_p=run.evaluation.sample_top_p,
-            seed=run.seed,
-            eos_id=tokenizer.eos_id,
-        )
-        for prompt, ids, answer in zip(run.evaluation.prompts, prompts, answers, strict=True):
-            # Decoded together: a continuation decoded alone loses the space that it may begin with.
-            text = tokenizer.decode(ids + answer).removeprefix(prompt)
-            tracker.sample({"step": at, "tokens": plan.tokens_at(at), "prompt": prompt, "text": text})
-        tracker.event("evaluated", step=at, seconds=time.perf_counter() - before)
+        lines = examiner.samples(state, at, border=border)
+        for line in lines:
+            tracker.sample(line)
+        if lines:
+            tracker.event("evaluated", step=at, seconds=time.perf_counter() - before)
 
     def write(at: int, permanent: bool, blocking: bool) -> None:
         before = time.perf_counter()
         watchdog.at(f"saving step {at}", slow=True)
         tracker.sync()  # the lines up to this step are on disk before the checkpoint that vouches for them
-        meta = {
-            "step": at,
-            "tokens": plan.tokens_at(at),
-            "stage": plan.at_step(at - 1).name,
-            "name": run.name,
-            "fingerprint": configio.fingerprint(run),
-            "config": configio.to_dict(run),
-            "store": start.store_identity(store),
-            "order": order.fingerprint(at),
-            "document_marks": store.manifest["document_marks"],
-            "versions": start.versions(),
-        }
-        checkpoints.save(at, state, meta, permanent=permanent, blocking=blocking, tokenizer_files=tokenizer.files)
+        of_step = {"step": at, "tokens": plan.tokens_at(at), "stage": plan.at_step(at - 1).name}
+        of_step |= {"order": order.fingerprint(at)} | ({"ended": "patience"} if ended else {})
+        if run.evaluation.keep_best:
+            checkpoints.best = best.best(examiner.losses)
+        items = {item: state[item] for item in ("params", "optimizer")}
+        files = examiner.tokenizer.files
+        checkpoints.save(at, items, meta | of_step, permanent=permanent, blocking=blocking, tokenizer_files=files)
         tracker.event("saved", step=at, seconds=time.perf_counter() - before)
 
     def warn(at: int, text: str) -> None:
@@ -279,9 +241,10 @@ def _steps(
         """What this process asks of all; the clock is process 0's."""
         return Wants(stop=stop.requested, save=peers.lead and saver.due(), failed=checkpoints.failed)
 
-    pending, last, decided = None, time.perf_counter(), Wants()
+    pending, last, decided, now, ended = None, time.perf_counter(), Wants(), done, False
     if done == 0:
         validate(0)
+        sample(0, border=False)
         last = time.perf_counter()
     batch, waited = fetch()
     compiled_shapes = set()
@@ -320,12 +283,16 @@ def _steps(
             read_metrics()
             if due_validation:
                 validate(now)
+                ended = examiner.exhausted
+                temporary = temporary or (run.evaluation.keep_best and examiner.improved)
+                sample(now, border=border or ended)
             if border:
-                sample(now)
                 tracker.event("stage_end", stage=stage.name, step=now, tokens=tokens)
-            if permanent or temporary:
-                saver.save(now, permanent=permanent, essential=border or asked.stop)
+            if permanent or temporary or ended:
+                saver.save(now, permanent=permanent or ended, essential=border or asked.stop or ended)
             last = time.perf_counter()  # the pause does not count as the next step's time
+        if ended:
+            break
         if asked.stop and now < plan.total_steps:
             why = next(filter(None, peers.gather("stop", stop.name)), "another process")
             tracker.event("stopped", step=now, signal=why)
@@ -335,14 +302,11 @@ def _steps(
         checkpoints.wait()
     except CheckpointError as error:
         raise SaveFailed(str(error)) from error
-    tracker.event("finished", step=plan.total_steps)
-
-
-def peak_memory() -> dict[str, int]:
-    """{"peak_memory_bytes": the most that a device of this process has held so far}; {} on devices that do not tell."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
-    return {"peak_memory_bytes": max(peaks)} if peaks else {}
+    if now < plan.total_steps:
+        start.say(
+            f"no better validation in {run.evaluation.patience}: ended at step {now} of {plan.total_steps}", peers
+        )
+    tracker.event("finished", step=now)
 
 
 def _passes(before: int, after: int, every: int) -> bool:

@@ -7,17 +7,19 @@ from pathlib import Path
 from tinyllama_jax import configio
 from tinyllama_jax.config import Model
 from tinyllama_jax.errors import CheckpointError
-from tinyllama_jax.train import durable
+from tinyllama_jax.train import best, durable
 
 
 def resolve(text: str | Path) -> Path:
-    """The checkpoint directory meant by RUN (its newest), RUN@STEP, or a checkpoint directory itself."""
+    """The checkpoint directory meant by RUN (its newest), RUN@STEP, RUN@best (of those that are there, the one with the
+    lowest validation loss), or a checkpoint directory itself."""
     path, step = Path(text), None
     head, at, tail = str(text).rpartition("@")
-    if at and head and tail.isdigit() and not path.exists():
-        path, step = Path(head), int(tail)
+    if at and head and (tail.isdigit() or tail == "best") and not path.exists():
+        path = Path(head)
+        step = _best(path) if tail == "best" else int(tail)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; expected a run, RUN@STEP or a checkpoint")
+        raise CheckpointError(f"{path}: no such directory; expected a run, RUN@STEP, RUN@best or a checkpoint")
     if step is None and ((path / "meta.json").is_file() or (path / "checksums.json").is_file()):
         return path
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -37,3 +39,12 @@ def read_meta(path: str | Path) -> dict:
 def model_of(meta: dict) -> Model:
     """The architecture that a checkpoint's metadata describes."""
     return configio.from_dict(Model, meta["model"] if "model" in meta else meta["config"]["model"])
+
+
+def _best(run: Path) -> int:
+    folder = run / "checkpoints"
+    there = durable.steps(folder) if folder.is_dir() else []
+    step = best.best(best.losses(run), there)
+    if step is None:
+        raise CheckpointError(f"{run}@best: no checkpoint there has a validation loss in {run / 'validation.jsonl'}")
+    return step

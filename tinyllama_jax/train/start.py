@@ -23,8 +23,12 @@ from tinyllama_jax.data.store import MANIFEST, TokenStore
 from tinyllama_jax.data.views import make_view
 from tinyllama_jax.distributed import ALONE, Peers
 from tinyllama_jax.errors import CheckpointError, ConfigError, DataError
+from tinyllama_jax.finetune import base
+from tinyllama_jax.finetune import start as beginning
+from tinyllama_jax.finetune.store import ExampleStore
+from tinyllama_jax.generate.adapted import base_identity
 from tinyllama_jax.schedules import Plan
-from tinyllama_jax.train import checkpoint, rollback
+from tinyllama_jax.train import checkpoint, rollback, saved
 from tinyllama_jax.train.checkpoint import Checkpoints
 from tinyllama_jax.train.places import place_of
 from tinyllama_jax.train.state import State, init
@@ -91,6 +95,8 @@ def open_store(run: Run, workdir: Path, progress=None, peers: Peers = ALONE) -> 
 
 
 def _open_store(run: Run, progress) -> TokenStore:
+    if run.data.examples is not None:
+        return ExampleStore.open(run.data.store)
     path, remote = run.data.store, "://" in run.data.store
     if not remote and run.data.recipe is not None and not (Path(path) / MANIFEST).exists():
         say(f"token store {path} does not exist yet: preparing it from {', '.join(run.data.recipe.sources)}")
@@ -127,6 +133,11 @@ def check_resume(run: Run, meta: dict, store: TokenStore, order: Order, *, allow
     changes = configio.differences(before, configio.identity(run, meta["tokens"]))
     if meta["store"]["manifest_sha256"] != store.manifest_sha256:
         changes.append(f"token store {store.path}: its content is not what the checkpoint was trained on")
+    if (
+        run.adapter
+        and meta["base"]["leaves_sha256"] != base_identity(saved.resolve(run.start.checkpoint))["leaves_sha256"]
+    ):
+        changes.append(f"start.checkpoint={run.start.checkpoint}: holds other weights than those that were adapted")
     if not changes and meta["order"] != order.fingerprint(meta["step"]):
         changes.append("the order of the data: its past batches would be others than those that were trained on")
     if changes and not allow_config_change:
@@ -189,7 +200,8 @@ def is_finished(
     *,
     allow_config_change: bool,
 ) -> bool:
-    """Whether the newest checkpoint is the plan's end and undamaged, so that the run can be used.
+    """Whether the newest checkpoint is the plan's end, or where evaluation.patience ended it, and undamaged, so that
+    the run can be used.
 
     Raises ConfigError if it is of another configuration.
     """
@@ -197,7 +209,8 @@ def is_finished(
     if meta is None:
         return False
     check_resume(run, meta, store, order, allow_config_change=allow_config_change)
-    return meta["tokens"] == plan.total_tokens and checkpoints.intact(plan.total_steps)
+    ended = meta.get("ended") == "patience" and run.evaluation.patience > 0
+    return (ended or meta["tokens"] == plan.total_tokens) and checkpoints.intact(meta["step"])
 
 
 def begin(
@@ -212,22 +225,43 @@ def begin(
     peers: Peers = ALONE,
     *,
     allow_config_change: bool,
-) -> tuple[int, State, str]:
-    """(steps done, state, how): the newest good checkpoint, else the fork's parent, else fresh weights."""
+) -> tuple[int, State, str, dict | None]:
+    """(steps done, state, how, what it is based on): the newest good checkpoint, else the fork's parent or the start's
+    weights, else fresh weights."""
+    if run.start is not None:
+        beginning.check(run, store.tokenizer())
+    frozen = {"frozen": base.frozen(run, mesh, peers)} if run.adapter else {}
     restored = checkpoints.restore(
         target, accept=lambda meta: check_resume(run, meta, store, order, allow_config_change=allow_config_change)
     )
     if restored is not None:
         step, state, meta = restored
-        return plan.step_at(meta["tokens"]), state, f"resumed at step {step}"
+        return plan.step_at(meta["tokens"]), state | frozen, f"resumed at step {step}", meta.get("base")
     if run.fork is not None:
         path, _ = fork_checkpoint(run, store, workdir)
         step = plan.step_at(run.fork.tokens)
         if step == plan.total_steps:
             raise ConfigError(f"fork.tokens={run.fork.tokens} is the end of the curriculum; nothing is left to train")
         parent = checkpoint.load(path, target, peers=peers, barrier_seconds=run.checkpoint.barrier_seconds)
-        return step, parent, f"forked from {path} at step {step}"
-    return 0, init(run, mesh), "started from fresh weights"
+        return step, parent, f"forked from {path} at step {step}", None
+    if run.start is None:
+        return 0, init(run, mesh), "started from fresh weights", None
+    based_on, name = base_identity(saved.resolve(run.start.checkpoint)), run.start.checkpoint
+    if run.adapter is not None:
+        return 0, init(run, mesh) | frozen, f"started with a fresh adapter of {name}", based_on
+    return 0, init(run, mesh, beginning.weights(run, mesh, peers)), f"started from {name}", based_on
+
+
+def checkpoint_meta(run: Run, store: TokenStore, based_on: dict | None) -> dict:
+    """What every checkpoint of a run says of itself, whatever its step."""
+    return {
+        "name": run.name,
+        "fingerprint": configio.fingerprint(run),
+        "config": configio.to_dict(run),
+        "store": store_identity(store),
+        "document_marks": store.manifest["document_marks"],
+        "versions": versions(),
+    } | ({"base": based_on} if based_on else {})
 
 
 def go_back(run: Run, workdir: Path, failed: rollback.TooManySkips, peers: Peers) -> int:

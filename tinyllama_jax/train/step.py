@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import optim
 from tinyllama_jax.config import Execution, Run
 from tinyllama_jax.data.pipeline import Batch
+from tinyllama_jax.finetune import adapters, preference
 from tinyllama_jax.loss import training_loss
 from tinyllama_jax.model import transformer
-from tinyllama_jax.sharding import CPU, GPU, device, row_share, striped, token_sharding
+from tinyllama_jax.sharding import BATCH, CPU, GPU, device, row_share, striped, token_sharding
 from tinyllama_jax.train.state import State, keys
 
 
@@ -23,17 +25,20 @@ def put_batch(batch: Batch, accumulation: int, mesh: Mesh, *, documents: bool) -
     """This host's rows [B, T] as global device arrays [A, B/A, T]; document ids only where they are used.
 
     Tokens are striped over the mesh's `context`; all arrays alike, and a sum over tokens does not mind.  The host's
-    rows are those of its `sharding.row_share`.
+    rows are those of its `sharding.row_share`.  References of pairs [B, 2] come along as [A, B/A, 2].
     """
     laid_out, (_, hosts) = token_sharding(mesh, leading=1), row_share(mesh)
     names = ["tokens", "targets", "valid"] + (["documents"] if documents else [])
 
-    def put(rows_BT: np.ndarray) -> jax.Array:
-        rows_ABT = striped(rows_BT.reshape(accumulation, -1, rows_BT.shape[-1]), mesh.shape["context"])
-        shape = (accumulation, rows_ABT.shape[1] * hosts, rows_ABT.shape[2])
-        return jax.make_array_from_process_local_data(laid_out, np.ascontiguousarray(rows_ABT), shape)
+    def put(rows_BX: np.ndarray, stripes: int, where: NamedSharding) -> jax.Array:
+        rows_ABX = striped(rows_BX.reshape(accumulation, -1, rows_BX.shape[-1]), stripes)
+        shape = (accumulation, rows_ABX.shape[1] * hosts, rows_ABX.shape[2])
+        return jax.make_array_from_process_local_data(where, np.ascontiguousarray(rows_ABX), shape)
 
-    return {name: put(batch[name]) for name in names}
+    placed = {name: put(batch[name], mesh.shape["context"], laid_out) for name in names}
+    if "reference" in batch:
+        placed["reference"] = put(batch["reference"], 1, NamedSharding(mesh, P(None, BATCH, None)))
+    return placed
 
 
 def compiler_options(execution: Execution) -> dict[str, Any] | None:
@@ -60,13 +65,23 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
     `batch` holds tokens, targets, valid [A, B, T] and, with document masking, documents [A, B, T].  The loss is the
     sum over valid tokens divided by their count in the whole batch, so that it depends neither on the number of
     micro-batches A nor on the mesh.  With optimizer.z_loss the gradients are those of loss + z_loss, and the metrics
-    hold both apart.
+    hold both apart.  Of pairs (run.preference) the batch has `reference` [A, B, 2] too; loss and metrics are means
+    over pairs.  With run.adapter state["params"] are the adapters', and state["frozen"] is what they adapt.
     """
     optimizer = optim.make_optimizer(run.optimizer)
+    dropout = bool(run.model.dropout or (run.adapter and run.adapter.dropout))
 
-    def micro_loss(weights: Any, micro: dict[str, jax.Array], valid_tokens: jax.Array, key: jax.Array | None):
+    def complete(weights: Any, frozen: Any, key: jax.Array | None) -> Any:
+        """The model's parameters out of those that are trained and those that are not."""
+        return weights if run.adapter is None else adapters.attach(frozen, weights, run.model, run.adapter, key)
+
+    def micro_loss(weights: Any, frozen: Any, micro: dict[str, jax.Array], count: jax.Array, key: jax.Array | None):
+        params = complete(weights, frozen, None if key is None else jax.random.fold_in(key, 1))
+        if run.preference:
+            total, sums = preference.micro_loss(params, micro, run.model, run.execution, run.preference, key)
+            return total / count, jax.tree.map(lambda each: each / count, {"loss": total, **sums})
         x_BTD = transformer.hidden(
-            weights,
+            params,
             micro["tokens"],
             run.model,
             run.execution,
@@ -75,26 +90,27 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
         )
         objective, nll, z = training_loss(
             x_BTD,
-            transformer.head_kernel(weights, run.model),
+            transformer.head_kernel(params, run.model),
             micro["targets"],
             micro["valid"],
             chunk_tokens=run.execution.loss_chunk_tokens,
             z_loss=run.optimizer.z_loss,
         )
         losses = {"loss": nll} | ({"z_loss": z} if run.optimizer.z_loss else {})
-        return objective / valid_tokens, jax.tree.map(lambda total: total / valid_tokens, losses)
+        return objective / count, jax.tree.map(lambda total: total / count, losses)
 
     def train_step(state: State, batch: dict[str, jax.Array], lr: jax.Array, step: jax.Array):
-        params = state["params"]
-        weights = transformer.working(params, run.model, run.execution)
-        accumulation = batch["tokens"].shape[0]
+        params, frozen = state["params"], state.get("frozen")
+        weights = params if run.adapter else transformer.working(params, run.model, run.execution)
+        accumulation, rows = batch["tokens"].shape[:2]
         valid_tokens = jnp.maximum(jnp.sum(batch["valid"], dtype=jnp.int32), 1).astype(jnp.float32)
+        count = jnp.float32(accumulation * rows) if run.preference else valid_tokens
         # The key is a function of the step, so that a resumed run draws the same masks.
-        step_key = jax.random.fold_in(keys(run.seed)[1], step) if run.model.dropout else None
+        step_key = jax.random.fold_in(keys(run.seed)[1], step) if dropout else None
 
         def one(micro: dict[str, jax.Array], index: jax.Array | int):
             key = None if step_key is None else jax.random.fold_in(step_key, index)
-            grads, losses = jax.grad(micro_loss, has_aux=True)(weights, micro, valid_tokens, key)
+            grads, losses = jax.grad(micro_loss, has_aux=True)(weights, frozen, micro, count, key)
             return losses, grads
 
         if accumulation == 1:
@@ -110,15 +126,18 @@ def make_train_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]
                 return jax.tree.map(jnp.add, total, losses_and_grads), None
 
             names = ["loss"] + (["z_loss"] if run.optimizer.z_loss else [])
+            names += list(preference.METRICS) if run.preference else []
             sums = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
             zeros = (dict.fromkeys(names, jnp.float32(0)), sums)
             (losses, grads), _ = jax.lax.scan(body, zeros, (batch, jnp.arange(accumulation)))
 
         params, opt_state, metrics = optim.update(
-            *(optimizer, run.optimizer, transformer.stacked(grads), state["optimizer"], params),
+            *(optimizer, run.optimizer, grads if run.adapter else transformer.stacked(grads)),
+            *(state["optimizer"], params),
             loss=losses["loss"],
             lr=lr,
         )
-        return {"params": params, "optimizer": opt_state}, {**losses, "valid_tokens": valid_tokens, **metrics}
+        after = {"params": params, "optimizer": opt_state} | ({"frozen": frozen} if run.adapter else {})
+        return after, {**losses, "valid_tokens": valid_tokens, **metrics}
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(run.execution))
