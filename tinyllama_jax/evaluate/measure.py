@@ -11,6 +11,7 @@ import numpy as np
 from tinyllama_jax import configio
 from tinyllama_jax.config import Execution, Mesh, Run
 from tinyllama_jax.data.durable import write_json
+from tinyllama_jax.data.joined import reopen
 from tinyllama_jax.data.pipeline import Pipeline, valid_targets
 from tinyllama_jax.data.store import MANIFEST, TokenStore
 from tinyllama_jax.errors import ConfigError, DataError
@@ -85,7 +86,7 @@ def _windows(
     if not corpus:
         if run is None:
             raise ConfigError(f"{checkpoint} is not a run and has no text of its own; name some with --corpus")
-        store = TokenStore.open(loaded.meta["store"]["path"], cache=run.data.cache)
+        store = reopen(loaded.meta["store"], cache=run.data.cache)
         return held_out(store, window_tokens, sequences), store
     windows: HeldOut = {}
     for source in corpus:

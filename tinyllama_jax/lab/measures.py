@@ -78,7 +78,7 @@ def measure(
     import jax
 
     from tinyllama_jax.config import Mesh
-    from tinyllama_jax.data.store import TokenStore
+    from tinyllama_jax.data.joined import reopen
     from tinyllama_jax.evaluate import beyond
     from tinyllama_jax.generate import speed
     from tinyllama_jax.generate.load import load
@@ -99,7 +99,7 @@ def measure(
             "versions": versions(),
         }
         if evaluation.beyond_tokens:
-            store = TokenStore.open(loaded.meta["store"]["path"], cache=config.data.cache)
+            store = reopen(loaded.meta["store"], cache=config.data.cache)
             windows = beyond.text(config, store, sequences)
             why_not = beyond.suitable(loaded.model, evaluation.beyond_ropes)[1]
             if why_not:

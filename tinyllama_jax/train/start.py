@@ -16,6 +16,7 @@ import jax
 
 from tinyllama_jax import __version__, configio, flops, programs
 from tinyllama_jax.config import Run
+from tinyllama_jax.data.joined import JoinedStore
 from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.plan import silent
 from tinyllama_jax.data.prepare import prepare
@@ -75,20 +76,20 @@ def checkpoint_directory(run: Run, workdir: Path) -> str | Path:
     return run.checkpoint.directory or workdir / "checkpoints"
 
 
-def open_store(run: Run, workdir: Path, progress=None, peers: Peers = ALONE) -> TokenStore:
+def open_store(run: Run, workdir: Path, progress=None, peers: Peers = ALONE) -> TokenStore | JoinedStore:
     """The run's token store, made by its recipe when it is missing: by process 0, while the others wait.  With a
     budget of unique tokens the view of it: beside a local store, for all runs that have the same budget, and in the
-    run directory where the store is in a bucket.
+    run directory where the store is in a bucket.  With a store to replay, the two as one.
 
     Raises DataError when it is missing without a recipe, damaged, smaller than the budget, or marked otherwise than
     the run asks.
     """
     if peers.lead:
-        store = _view(run, _open_store(run, progress), workdir)
+        store = _joined(run, _view(run, _open_store(run, progress), workdir))
         peers.tell("store", store.manifest_sha256)
         return store
     expected = peers.tell("store")
-    store = _view(run, _open_store(run, progress), workdir)
+    store = _joined(run, _view(run, _open_store(run, progress), workdir))
     if store.manifest_sha256 != expected:
         raise DataError(f"{store.path}: another token store here than on {peers.names[0]}; share it or copy it again")
     return store
@@ -122,6 +123,12 @@ def _view(run: Run, store: TokenStore, workdir: Path) -> TokenStore:
     name = f"u{run.data.unique_tokens}-s{run.data.unique_seed}"
     path = workdir / "view" if store.storage.remote else Path(f"{os.path.normpath(run.data.store)}-views") / name
     return TokenStore.open(make_view(store, run.data.unique_tokens, path, seed=run.data.unique_seed))
+
+
+def _joined(run: Run, store: TokenStore) -> TokenStore | JoinedStore:
+    if not run.data.replay_store:
+        return store
+    return JoinedStore(store, TokenStore.open(run.data.replay_store, cache=run.data.cache))
 
 
 def check_resume(run: Run, meta: dict, store: TokenStore, order: Order, *, allow_config_change: bool) -> list[str]:
@@ -332,9 +339,10 @@ def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> 
     }
 
 
-def store_identity(store: TokenStore) -> dict:
+def store_identity(store: TokenStore | JoinedStore) -> dict:
     return {
         "path": store.location,  # found again from any directory
+        **({"replay": store.replay.location} if isinstance(store, JoinedStore) else {}),
         "manifest_sha256": store.manifest_sha256,
         "tokenizer_sha256": store.manifest["tokenizer"]["sha256"],
         "train_tokens": {domain: entry["tokens"] for domain, entry in store.manifest["splits"]["train"].items()},
