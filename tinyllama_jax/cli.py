@@ -130,9 +130,16 @@ def build_parser() -> argparse.ArgumentParser:
         "preflight",
         verbs.preflight,
         "compile an experiment's training step for machines that are not here: does it fit, how long, how much",
-        "tinyllama preflight experiments.tinyllama:v1_0 --target a100-40g:2x8 --json",
+        "tinyllama preflight experiments.tinyllama:v1_0 --target a100-40g:2x8 --json\n"
+        "  tinyllama preflight experiments.finetune:qlora --target a100-40g --memory 40,24,16,8,4",
     )
-    sub.add_argument("experiment", metavar="MODULE:FUNCTION")
+    sub.add_argument("experiment", metavar="MODULE:FUNCTION", help="a run, or a recipe for fine-tuning")
+    sub.add_argument(
+        "--base", default="tinyllama-1.1b", metavar="PRESET|CKPT", help="of a recipe: its base (tinyllama-1.1b)"
+    )
+    sub.add_argument(
+        "--memory", default="", metavar="GB[,GB...]", help="also say which of these sizes of one device hold the step"
+    )
     sub.add_argument(
         "--target",
         required=True,

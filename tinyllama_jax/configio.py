@@ -260,6 +260,11 @@ def differences(before: Any, after: Any, where: str = "") -> list[str]:
 # module:function
 
 
+def load_any(name: str, search: Sequence[str] = ()) -> Any:
+    """What `module:function` returns, whatever it is; of `module:function[n]` what load_experiment does."""
+    return load_experiment(name, search) if name.endswith("]") else _made(name, search)
+
+
 def load_recipe(name: str, search: Sequence[str] = ()) -> FineTune:
     """The FineTune that `module:function` returns."""
     made = _made(name, search)

@@ -6,9 +6,10 @@ more than most results do; so every convention has a name, and the terms are the
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Literal
 
-from tinyllama_jax.config import Model
+from tinyllama_jax.config import Adapter, Model, Run
 from tinyllama_jax.errors import ConfigError
 
 Convention = Literal["palm", "causal", "6n_total", "6n_non_embedding"]
@@ -70,6 +71,44 @@ def forward_terms(cfg: Model, sequence_tokens: int, *, causal: bool) -> dict[str
         "attention": cfg.layers * (2 if causal else 4) * sequence_tokens * width,
         "head": 2 * d * cfg.vocab_size,
     }
+
+
+def adapter_parameters(cfg: Model, adapter: Adapter) -> int:
+    """Trained weights of an adapter: rank * (inputs + outputs) of each matrix that is adapted, or a prefix's keys and
+    values."""
+    d, width, kv_width, f = cfg.d_model, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim, cfg.d_ff
+    if adapter.method == "prefix":
+        return 2 * cfg.layers * adapter.prefix_tokens * kv_width
+    of_layer = {
+        "attention.query": d + width,
+        "attention.key": d + kv_width,
+        "attention.value": d + kv_width,
+        "attention.out": width + d,
+        "mlp.gate": d + f,
+        "mlp.up": d + f,
+        "mlp.down": f + d,
+    }
+    sizes = {name: cfg.layers * size for name, size in of_layer.items()} | {"head": d + cfg.vocab_size}
+    adapted = [name for name in sizes if any(fnmatchcase(name, pattern) for pattern in adapter.targets)]
+    return adapter.rank * sum(sizes[name] for name in adapted)
+
+
+def trained_parameters(run: Run) -> int:
+    """The weights that have gradients and optimizer state."""
+    return adapter_parameters(run.model, run.adapter) if run.adapter else parameter_counts(run.model)["total"]
+
+
+def of_run(run: Run, convention: str = "palm") -> int:
+    """`flops_per_token` of a run.  Beside frozen matrices the backward pass leaves out their gradients, a third of what
+    is done with them; what adapters add is not counted."""
+    length = run.data.sequence_tokens
+    whole = flops_per_token(run.model, length, convention)
+    if run.adapter is None:
+        return whole
+    if convention.startswith("6n"):
+        return whole * 2 // 3
+    terms = forward_terms(run.model, length, causal=convention == "causal")
+    return whole - terms["proj"] - terms["mlp"] - terms["head"]
 
 
 def flops_per_token(cfg: Model, sequence_tokens: int, convention: str = "palm") -> int:

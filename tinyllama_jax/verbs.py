@@ -111,9 +111,12 @@ def report(args: argparse.Namespace) -> None:
 
 
 def preflight(args: argparse.Namespace) -> None:
-    from tinyllama_jax.preflight import money, verb
+    from tinyllama_jax.preflight import money, recipes, sizes, targets, verb
 
-    run = resolved(args)
+    memory = sizes.parse(args.memory) if args.memory else []
+    if memory and targets.parse(args.target).count > 1:
+        raise UsageError(f"--memory says what one device holds, and --target {args.target} is more than one")
+    run = recipes.resolved(args.experiment, args.experiment_path, args.settings, args.base)
     asked = {"price": args.price, "calibration": args.calibrate, "assume": args.assume}
     # Before any compiler is asked: what is too dear, or cannot be spread over the devices, need not be compiled.
     estimate = money.estimate(run, args.target, **asked)
@@ -124,7 +127,9 @@ def preflight(args: argparse.Namespace) -> None:
         if too_dear:
             raise too_dear
         return
-    value, failure = verb.preflight(run, args.experiment, args.target, as_written=args.as_written, say=say)
+    value, failure = verb.preflight(
+        run, args.experiment, args.target, as_written=args.as_written, say=say, memory=memory
+    )
     # With the micro-batch that fits, which need not be the experiment's own.
     value["estimate"] = money.estimate(verb.fitting(run, value), args.target, **asked)
     answer(args, value, verb.lines(value))

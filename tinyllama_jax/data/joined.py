@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 
+from tinyllama_jax.config import REPLAY
 from tinyllama_jax.data.splits import ChosenWindows, Split
 from tinyllama_jax.data.store import TokenStore
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.data.tokenizer_extend import begins_with
 from tinyllama_jax.errors import DataError
-
-REPLAY = "replay/"
 
 
 class JoinedStore:

@@ -73,14 +73,14 @@ def estimate(
     list_price = prices.of(target.name)
     hourly = list_price.usd if price is None else price
     hours = wall / HOUR * target.count
-    length, peak = run.data.sequence_tokens, given.peak_flops * target.count
+    peak = given.peak_flops * target.count
     return {
         "target": target.name,
         "devices": target.count,
         "tokens": tokens,
         "tokens_per_s": speed,
         "tokens_per_s_per_device": speed / target.count,
-        "mfu": {c: speed * flops.flops_per_token(run.model, length, c) / peak for c in ("palm", "causal")},
+        "mfu": {c: speed * flops.of_run(run, c) / peak for c in ("palm", "causal")},
         "days": wall / DAY,
         "device_hours": hours,
         "cost_usd": {

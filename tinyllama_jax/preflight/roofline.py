@@ -18,7 +18,7 @@ from typing import Any
 
 from tinyllama_jax import mesh_rules
 from tinyllama_jax.config import Run
-from tinyllama_jax.flops import forward_terms, parameter_counts
+from tinyllama_jax.flops import forward_terms, trained_parameters
 from tinyllama_jax.mesh_rules import AXES, accumulation_steps, rows_per_place
 from tinyllama_jax.preflight import traffic
 from tinyllama_jax.preflight.assumptions import Assumptions
@@ -53,8 +53,10 @@ def step(run: Run, stage: PlannedStage, sizes: dict[str, int], given: Assumption
     for i, (k, n, times) in enumerate(matrices := products(run, tensor)):
         through = width * (tokens * k + k * n + tokens * n) / memory
         once = max(2 * tokens * k * n / rate, through)
-        # Forward, and both gradients; `full` makes the forward of the layers again, never that of the head.
-        matmul += times * once * (4 if remat == "full" and i < len(matrices) - 1 else 3)
+        # Forward, and both gradients, or beside frozen matrices one; `full` makes the forward of the layers again,
+        # never that of the head.
+        again = remat == "full" and i < len(matrices) - 1
+        matmul += times * once * (3 + again - (run.adapter is not None))
 
     # The backward pass of attention is five products to the forward's two.
     share = given.attention_efficiency * max(1, min(cfg.head_dim, given.attention_head_dim) / 64)
@@ -73,7 +75,7 @@ def step(run: Run, stage: PlannedStage, sizes: dict[str, int], given: Assumption
     elementwise = tokens * cfg.layers * touched * width / memory
     cross_entropy = tokens * cfg.vocab_size / tensor * given.logit_bytes / memory
 
-    local = parameter_counts(cfg)["total"] / (sizes["data"] * tensor)
+    local = trained_parameters(run) / (sizes["data"] * tensor)
     optimizer = local * given.optimizer_bytes / memory
     if micro_batches > 1:
         optimizer += micro_batches * local * given.accumulation_bytes / memory

@@ -71,4 +71,6 @@ def per_step(run: Run, sizes: dict[str, int], rows: int, micro_batches: int) -> 
     gathers = layers * micro_batches * (3 if again else 2)
     found.append(Collective("keys and values", "all-gather", ("context",), keys, gathers))
     found.append(Collective("their gradients", "reduce-scatter", ("context",), keys, layers * micro_batches))
+    if run.adapter:  # gradients of adapters are small
+        found = [c for c in found if "gradient" not in c.what or c.what == "their gradients"]
     return [c for c in found if math.prod(sizes[axis] for axis in c.axes) > 1]

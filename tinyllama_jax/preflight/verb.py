@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinyllama_jax import flops
 from tinyllama_jax.config import Run, replace
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.preflight import money, search, targets
+from tinyllama_jax.preflight import money, search, sizes, targets
 from tinyllama_jax.preflight.targets import GIB
 from tinyllama_jax.preflight.worker import Worker, check_installed
 
@@ -21,7 +21,13 @@ class DoesNotFit(ConfigError):
 
 
 def preflight(
-    run: Run, experiment: str, target_name: str, *, as_written: bool, say: Callable[[str], None]
+    run: Run,
+    experiment: str,
+    target_name: str,
+    *,
+    as_written: bool,
+    say: Callable[[str], None],
+    memory: Sequence[int] = (),
 ) -> tuple[dict[str, Any], DoesNotFit | None]:
     """(the answer, why it does not fit or None).  Sizes are bytes of one device, micro-batches sequences per device.
 
@@ -31,12 +37,20 @@ def preflight(
                    micro-batches: the values kept for the backward pass, and the working arrays of the layer at hand
       temporaries  the rest: gradients and their sums, gathered weights, logits of a chunk, tokens, the code
 
+    memory: gigabytes of one device of that kind; the answer then has `memory` too, what fits into each of them.
+
     Raises UsageError for an unknown target, ConfigError for what cannot be compiled at all.
     """
     target = targets.parse(target_name)
     check_installed(target)
     with Worker(run, target) as worker:
-        return _Preflight(run, experiment, target, worker, say).answer(as_written)
+        asked = _Preflight(run, experiment, target, worker, say)
+        value, failure = asked.answer(as_written)
+        if memory:
+            about = asked.about
+            candidates = [about["as_written"]] if as_written else about["candidates"]
+            value["memory"] = sizes.answers(memory, candidates, value["micro_batch"], asked.measure)
+        return value, failure
 
 
 class _Preflight:
@@ -97,7 +111,7 @@ class _Preflight:
         account = self.measure(chosen)
         activations = self.activations(chosen)
         tokens = about["batch_tokens"]
-        step_flops = tokens * flops.flops_per_token(self.run.model, self.run.data.sequence_tokens, CONVENTION)
+        step_flops = tokens * flops.of_run(self.run, CONVENTION)
         value = {
             "experiment": self.experiment,
             "target": self.target.name,
@@ -223,6 +237,12 @@ def lines(value: dict[str, Any]) -> list[str]:
             f"{seconds:.0f} s",
         )
     )
+    for i, row in enumerate(value.get("memory", [])):
+        what = f"{sequences(row['micro_batch'])} take {human(row['total'])}"
+        verdict_here = "holds it" if row["fits"] else "is too small"
+        table.append(
+            ("" if i else "memory", f"{row['memory_gb']} GB {verdict_here}: {what} of {human(row['usable_bytes'])}")
+        )
     table += money.lines(value["estimate"])
     return [f"{value['experiment']} on {value['target']}: {verdict}"] + [f"  {a:<15} {b}" for a, b in table]
 

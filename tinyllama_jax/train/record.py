@@ -9,6 +9,7 @@ import jax
 from tinyllama_jax import flops
 from tinyllama_jax.config import Run
 from tinyllama_jax.data.order import Order
+from tinyllama_jax.finetune.preference import METRICS
 from tinyllama_jax.schedules import Plan
 
 
@@ -17,8 +18,7 @@ class Record:
 
     def __init__(self, run: Run, plan: Plan, order: Order):
         self.run, self.plan, self.order = run, plan, order
-        length = run.data.sequence_tokens
-        self.flops = {c: flops.flops_per_token(run.model, length, c) for c in ("palm", "causal")}
+        self.flops = {c: flops.of_run(run, c) for c in ("palm", "causal")}
         device_peak = run.tracking.peak_flops_per_device or flops.peak_flops(jax.devices()[0].device_kind)
         self.peak = device_peak * jax.device_count() if device_peak else None
 
@@ -35,7 +35,8 @@ class Record:
             "step": index + 1,
             "tokens": tokens,
             "loss": metrics["loss"],
-            **({"z_loss": metrics["z_loss"]} if "z_loss" in metrics else {}),  # with optimizer.z_loss
+            # with optimizer.z_loss, and of pairs
+            **{name: metrics[name] for name in ("z_loss", *METRICS) if name in metrics},
             "lr": rate(tokens),
             "grad_norm": metrics["grad_norm"],
             "param_norm": metrics["param_norm"],

@@ -302,7 +302,6 @@ def revision() -> str:
 
 def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> dict:
     """run.json: everything that a reader of the run directory needs to know."""
-    length = run.data.sequence_tokens
     return {
         "name": run.name,
         "experiment": experiment,
@@ -325,7 +324,8 @@ def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> 
         },
         "model": {
             "parameters": flops.parameter_counts(run.model),
-            "train_flops_per_token": {c: flops.flops_per_token(run.model, length, c) for c in ("palm", "causal")},
+            "trained_parameters": flops.trained_parameters(run),
+            "train_flops_per_token": {c: flops.of_run(run, c) for c in ("palm", "causal")},
         },
         "store": store_identity(store),
         "devices": {
