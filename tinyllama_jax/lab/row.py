@@ -162,7 +162,7 @@ def _sizes(run: Run, parsed: config.Run | None) -> tuple[dict[str, int], dict[st
 
 def _status(run: Run, steps: int) -> str:
     """Finished means measured at the end, too: a loss from before it would be a false point of a fit."""
-    planned = run.plan.get("total_steps", 0)
+    planned = run.last_step
     measured = run.column("step", "validation")
     if 0 < planned <= steps and (not len(measured) or measured[-1] >= planned):
         return "finished"

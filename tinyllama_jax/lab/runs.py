@@ -121,8 +121,13 @@ class Run:
         return int(tokens[-1]) if len(tokens) and math.isfinite(tokens[-1]) else 0
 
     @property
+    def last_step(self) -> int:
+        """Where it ends, or ended because evaluation.patience was over; 0 when it has no plan."""
+        return int(_dictionary(self.info.get("ended")).get("step") or self.plan.get("total_steps", 0))
+
+    @property
     def finished(self) -> bool:
-        return 0 < self.plan.get("total_steps", 0) <= self.step
+        return 0 < self.last_step <= self.step
 
     @property
     def domains(self) -> list[str]:

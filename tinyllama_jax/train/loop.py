@@ -303,9 +303,7 @@ def _steps(
     except CheckpointError as error:
         raise SaveFailed(str(error)) from error
     if now < plan.total_steps:
-        start.say(
-            f"no better validation in {run.evaluation.patience}: ended at step {now} of {plan.total_steps}", peers
-        )
+        start.end_early(run, workdir, now, plan, peers)
     tracker.event("finished", step=now)
 
 

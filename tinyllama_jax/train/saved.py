@@ -43,6 +43,8 @@ def model_of(meta: dict) -> Model:
 
 def _best(run: Path) -> int:
     folder = run / "checkpoints"
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such directory; expected a run")
     there = durable.steps(folder) if folder.is_dir() else []
     step = best.best(best.losses(run), there)
     if step is None:

@@ -17,6 +17,7 @@ import jax
 from tinyllama_jax import __version__, configio, flops, programs
 from tinyllama_jax.config import Run
 from tinyllama_jax.data.joined import JoinedStore
+from tinyllama_jax.data.durable import write_json
 from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.plan import silent
 from tinyllama_jax.data.prepare import prepare
@@ -337,6 +338,16 @@ def describe(run: Run, plan: Plan, store: TokenStore, mesh, experiment: str) -> 
         "versions": versions(),
         "git": revision(),
     }
+
+
+def end_early(run: Run, workdir: Path, step: int, plan: Plan, peers: Peers) -> None:
+    """Says that no more steps are planned, to the person and in run.json."""
+    say(
+        f"{run.evaluation.patience} validations without a better one: ended at step {step} of {plan.total_steps}", peers
+    )
+    if peers.lead:
+        known = json.loads((workdir / "run.json").read_text())
+        write_json(workdir / "run.json", known | {"ended": {"step": step, "why": "patience"}})
 
 
 def store_identity(store: TokenStore | JoinedStore) -> dict:
