@@ -26,6 +26,11 @@ CAPTIONS = {
         "Validation by domain",
         "The same windows each time. Bits per byte do not depend on the tokenizer, nats per token do.",
     ),
+    "preference": (
+        "Preferences",
+        "Rewards are beta times the log-ratio of an answer to the weights at the start (arXiv 2305.18290). Training: each "
+        "step thin, running mean thick; circles: held-out pairs.",
+    ),
     "compare": ("Against other runs", "Training loss smoothed as above; this run in black."),
     "reference": (
         "Against a curve from elsewhere",

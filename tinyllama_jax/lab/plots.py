@@ -36,6 +36,7 @@ from tinyllama_jax.lab.draw import (
     thinned,
 )
 from tinyllama_jax.lab.evaluations import evaluations_figure
+from tinyllama_jax.lab.fine_tuning import preference_figure
 from tinyllama_jax.lab.runs import Run
 
 
@@ -45,6 +46,7 @@ def figures(run: Run, compare: Sequence[Run] = ()) -> dict[str, Figure]:
         "loss": lambda: loss_figure(run),
         "validation": lambda: validation_figure(run),
         "compare": lambda: compare_figure(run, compare),
+        "preference": lambda: preference_figure(run),
         "schedule": lambda: schedule_figure(run),
         "mixture": lambda: mixture_figure(run),
         "norms": lambda: norms_figure(run),

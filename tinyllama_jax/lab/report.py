@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama_jax import __version__
+from tinyllama_jax.lab import fine_tuning
 from tinyllama_jax.lab.draw import last, png, scientific, si, smooth
 from tinyllama_jax.lab.evaluations import evaluations
 from tinyllama_jax.lab.history import events, time_spent
@@ -62,6 +63,7 @@ def render(run: Run, images: dict[str, bytes], others: Sequence[Run] = (), compa
     below = {"compare": _comparison(run, others), "reference": deviations(compared)}
     sections = [
         _head(run),
+        fine_tuning.section(run),
         _verdicts(run),
         *(_figure(name, images[name]) + below.get(name, "") for name in CAPTIONS if name in images),
         evaluations(run),

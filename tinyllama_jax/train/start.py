@@ -16,8 +16,8 @@ import jax
 
 from tinyllama_jax import __version__, configio, flops, programs
 from tinyllama_jax.config import Run
-from tinyllama_jax.data.joined import JoinedStore
 from tinyllama_jax.data.durable import write_json
+from tinyllama_jax.data.joined import JoinedStore
 from tinyllama_jax.data.order import Order
 from tinyllama_jax.data.plan import silent
 from tinyllama_jax.data.prepare import prepare
