@@ -80,6 +80,8 @@ def starts() -> list[Command]:
         "generate": ("nowhere", "--prompt", "The"),
         "chat": ("nowhere",),
         "serve": ("nowhere",),
+        "finetune": ("experiments.finetune:lora", "--base", "nowhere", "--workdir", "nowhere"),
+        "finetune merge": ("nowhere", "--out", "ckpt"),
         "export": ("hf", "nowhere", "--out", "hf"),
         "import": ("hf", "nowhere", "--out", "ckpt"),
         "import gguf": ("nowhere", "--out", "ckpt"),
@@ -113,6 +115,7 @@ def plans(folder: Path) -> list[Command]:
 
     return [
         plan("preflight --estimate-only", v1_0, "--target", "a100-40g:2x8", "--json"),
+        plan("preflight --estimate-only", "experiments.finetune:qlora", "--target", "a100-40g", "--json"),
         plan("preflight --estimate-only --calibrate RUN", measured, tiny, "--target", "a100-40g:1"),
         *(tinyllama("plan", f"launch --on {on} --dry-run", *CASES[on].words()) for on in PLATFORMS),
         plan("launch prepare --on slurm --dry-run", "--out", "store", "--items", 2),

@@ -54,9 +54,14 @@ def test_the_list_of_options_is_meant():
         "train": sorted(
             [*settings, "--allow-config-change", "--coordinator", "--help", "--process", "--processes", "--workdir"]
         ),
+        "finetune": sorted(
+            [*settings, "--allow-config-change", "--base", "--coordinator", "--data", "--help", "--process"]
+            + ["--processes", "--validation", "--workdir"]
+        ),
+        "finetune merge": sorted([*common, "--out"]),
         "preflight": sorted(
-            [*common, *settings, "--as-written", "--assume", "--calibrate", "--estimate-only", "--max-cost", "--price"]
-            + ["--target"]
+            [*common, *settings, "--as-written", "--assume", "--base", "--calibrate", "--estimate-only", "--max-cost"]
+            + ["--memory", "--price", "--target"]
         ),
         "launch": sorted(
             [*launched, *settings, "--max-cost", "--nodes", "--processes-per-node", "--profile", "--target"]

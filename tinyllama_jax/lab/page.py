@@ -28,8 +28,8 @@ CAPTIONS = {
     ),
     "preference": (
         "Preferences",
-        "Rewards are beta times the log-ratio of an answer to the weights at the start (arXiv 2305.18290). Training: each "
-        "step thin, running mean thick; circles: held-out pairs.",
+        "Rewards are beta times the log-ratio of an answer to the weights at the start (arXiv 2305.18290). Training: "
+        "each step thin, running mean thick; circles: held-out pairs.",
     ),
     "compare": ("Against other runs", "Training loss smoothed as above; this run in black."),
     "reference": (

@@ -31,9 +31,10 @@ def abstract(run: Run, mesh: Mesh) -> State:
     """
     # The key is made inside: outside it would be computed on a device, which a mesh to compile for need not have.
     shapes = jax.eval_shape(lambda: _fresh(run, keys(0)[0]))
-    laid_out = adapters.shardings if run.adapter else param_shardings
+    adapter = run.adapter
+    laid_out = adapters.shardings(run.model, adapter, mesh) if adapter else param_shardings(shapes, mesh)
     params = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, laid_out(shapes, mesh)
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, laid_out
     )
     optimizer = jax.eval_shape(lambda p: optim.init(run.optimizer, p), params)
     return {"params": params, "optimizer": _on_mesh(optimizer, mesh)}
