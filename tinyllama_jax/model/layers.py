@@ -6,6 +6,7 @@ gather moves half the bytes and at most one layer's weights are whole at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,19 +16,67 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import sharding
 from tinyllama_jax.config import Model
-from tinyllama_jax.model import init, rope
+from tinyllama_jax.model import init, quantized, rope
+from tinyllama_jax.model.lowrank import Frozen, LowRank
+from tinyllama_jax.model.quantized import Quantized
+
+Weight = jax.Array | Quantized | Frozen | LowRank
 
 # (q_BTHK, k_BTGK, v_BTGK) -> [B, T, H, K]: the caller's attention, with its mask, kernel and cache bound.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def whole(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def whole(weight: jax.Array | Quantized, dtype: jnp.dtype) -> jax.Array:
     """`weight` in `dtype`, whole on every device but for its share of `tensor`."""
-    return sharding.gather(weight.astype(dtype))
+    return sharding.gather(quantized.whole(weight, dtype).astype(dtype))
 
 
-def linear(x_BT: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
+def terms(x_BT: jax.Array, weight: Weight, inputs: int = 1) -> list[tuple[jax.Array, jax.Array | Quantized, bool]]:
+    """[(x, w, frozen), ...] with x `weight` = sum of x w; x [B, T, ...] is contracted as in `linear`.
+
+    frozen: w shall have no gradient.
+    """
+    if isinstance(weight, LowRank):
+        low_BTr = linear(dropout(x_BT, weight.rate, weight.key), weight.a, inputs) * weight.scale
+        return [(x_BT, weight.base, True), (low_BTr, weight.b, False)]
+    if isinstance(weight, Frozen):
+        return [(x_BT, weight.weight, True)]
+    return [(x_BT, weight, isinstance(weight, Quantized))]
+
+
+def linear(x_BT: jax.Array, weight: Weight, inputs: int = 1) -> jax.Array:
     """Contract the axes of x [B, T, ...] after T with the first `inputs` axes of `weight`, gathered in x's dtype.
+
+    A low-rank part has inputs of its own, of one axis.
+    """
+    parts = terms(x_BT, weight, inputs)
+    products = [
+        _frozen(x, w, n) if frozen else _linear(x, w, n) for n, (x, w, frozen) in zip((inputs, 1), parts, strict=False)
+    ]
+    return functools.reduce(jnp.add, products)
+
+
+def _frozen(x_BT: jax.Array, weight: jax.Array | Quantized, inputs: int) -> jax.Array:
+    """`linear` without a gradient by the weight, which is kept for the backward pass as it is stored.
+
+    Autodiff would keep what was multiplied: under remat=none a whole model in the compute dtype.
+    """
+    kind = jax.typeof(x_BT)
+
+    def product(x_BT, weight):
+        return _linear(x_BT, quantized.whole(weight, x_BT.dtype), inputs)
+
+    def backward(weight, gradient):
+        (gradient_BT,) = jax.linear_transpose(lambda x_BT: product(x_BT, weight), kind)(gradient)
+        return gradient_BT, None
+
+    with_gradient = jax.custom_vjp(product)
+    with_gradient.defvjp(lambda x_BT, weight: (product(x_BT, weight), weight), backward)
+    return with_gradient(x_BT, weight)
+
+
+def _linear(x_BT: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+    """`linear` with an array.
 
     Where `tensor` splits the weight's outputs, so it does the result's; where it splits the inputs, of x and weight
     alike, the result is summed over it.
@@ -87,10 +136,10 @@ class Attention(nnx.Module):
         self.out = nnx.Param(make["out"](rngs.params(), (H, K, D)))
 
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        q_BTHK = rope.rotate(linear(x_BTD, self.query[...]), cos, sin)
-        k_BTGK = rope.rotate(linear(x_BTD, self.key[...]), cos, sin)
-        v_BTGK = linear(x_BTD, self.value[...])
-        return linear(attend(q_BTHK, k_BTGK, v_BTGK), self.out[...], inputs=2)
+        q_BTHK = rope.rotate(linear(x_BTD, self.query.get_value()), cos, sin)
+        k_BTGK = rope.rotate(linear(x_BTD, self.key.get_value()), cos, sin)
+        v_BTGK = linear(x_BTD, self.value.get_value())
+        return linear(attend(q_BTHK, k_BTGK, v_BTGK), self.out.get_value(), inputs=2)
 
 
 class Mlp(nnx.Module):
@@ -103,8 +152,8 @@ class Mlp(nnx.Module):
         self.down = nnx.Param(make["down"](rngs.params(), (F, D)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = linear(x_BTD, self.gate[...]), linear(x_BTD, self.up[...])
-        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.down[...])
+        gate_BTF, up_BTF = linear(x_BTD, self.gate.get_value()), linear(x_BTD, self.up.get_value())
+        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.down.get_value())
 
 
 class Block(nnx.Module):

@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.model import transformer
 
 Bits = Literal["int8", "int4"]
 GROUP = 32
@@ -49,11 +48,13 @@ class Quantized:
     axis: int | None  # None: int8
 
 
-def serving(params: transformer.Params, cfg: Model, weights: Literal["dtype", "int8", "int4"] = "dtype"):
+def serving(params: dict[str, Any], cfg: Model, weights: Literal["dtype", "int8", "int4"] = "dtype"):
     """The parameters as generation reads them: layers apart, matrices in the compute dtype or in `weights`' bits.
 
     Raises ConfigError when int4's groups do not divide a matrix.
     """
+    from tinyllama_jax.model import transformer  # whose layers multiply with what is defined here
+
     dtype = jnp.dtype(cfg.compute_dtype)
     params = transformer.working(params, cfg, Execution(scan_layers=False))
     params = params | {"embed": jax.tree.map(lambda table: table.astype(dtype), params["embed"])}

@@ -31,7 +31,7 @@ from tinyllama_jax import attention, sharding
 from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.model import rope
 from tinyllama_jax.model.init import initializers
-from tinyllama_jax.model.layers import Block, dropout, rms_norm, whole
+from tinyllama_jax.model.layers import Block, Weight, dropout, rms_norm, terms, whole
 
 Params = dict[str, Any]
 
@@ -169,15 +169,18 @@ def hidden(
     return rms_norm(x_BTD, params["norm"]["scale"], cfg.norm_eps)
 
 
-def head_kernel(params: Params, cfg: Model) -> jax.Array:
-    """The output projection, float32 [D, V]; with tied embeddings the transposed input table."""
+def head_kernel(params: Params, cfg: Model) -> Weight:
+    """The output projection [D, V], float32 or frozen; with tied embeddings the transposed input table."""
     return params["embed"]["embedding"].T if cfg.tied_embeddings else params["head"]["kernel"]
 
 
 def project(params: Params, x_BTD: jax.Array, cfg: Model) -> jax.Array:
     """Logits float32 [B, T, V] of hidden states."""
-    w_DV = whole(head_kernel(params, cfg), x_BTD.dtype)
-    logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, w_DV, preferred_element_type=jnp.float32)
+    products = [
+        jnp.einsum("btd,dv->btv", x, whole(w, x.dtype), preferred_element_type=jnp.float32)
+        for x, w, _ in terms(x_BTD, head_kernel(params, cfg))
+    ]
+    logits_BTV = functools.reduce(jnp.add, products)
     return jax.sharding.reshard(logits_BTV, P(*jax.typeof(x_BTD).sharding.spec[:2], None))
 
 
