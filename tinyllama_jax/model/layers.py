@@ -27,8 +27,10 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def whole(weight: jax.Array | Quantized, dtype: jnp.dtype) -> jax.Array:
-    """`weight` in `dtype`, whole on every device but for its share of `tensor`."""
-    return sharding.gather(quantized.whole(weight, dtype).astype(dtype))
+    """`weight` in `dtype`, whole on every device but for its share of `tensor`; what is gathered is small: codes."""
+    if isinstance(weight, Quantized):
+        return quantized.whole(jax.tree.map(sharding.gather, weight), dtype)
+    return sharding.gather(weight.astype(dtype))
 
 
 def terms(x_BT: jax.Array, weight: Weight, inputs: int = 1) -> list[tuple[jax.Array, jax.Array | Quantized, bool]]:
@@ -64,7 +66,7 @@ def _frozen(x_BT: jax.Array, weight: jax.Array | Quantized, inputs: int) -> jax.
     kind = jax.typeof(x_BT)
 
     def product(x_BT, weight):
-        return _linear(x_BT, quantized.whole(weight, x_BT.dtype), inputs)
+        return _linear(x_BT, whole(weight, x_BT.dtype), inputs)
 
     def backward(weight, gradient):
         (gradient_BT,) = jax.linear_transpose(lambda x_BT: product(x_BT, weight), kind)(gradient)

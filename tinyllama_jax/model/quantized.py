@@ -1,17 +1,20 @@
-"""Weights in eight or four bits, for generating only: what is multiplied and summed is in the compute dtype.
+"""Weights in eight or four bits, which nothing trains: what is multiplied and summed is in the compute dtype.
 
     int8   one scale per output: the largest magnitude of its inputs / 127; 1 byte a weight
     int4   one scale per output and group of 32 inputs, as in ggml's Q4_0: the value of largest magnitude becomes -8,
            so that the sixteen codes stand for -8 .. 7 scales; two codes a byte, 4.5 or 5 bits a weight with its scale
+    nf4    one scale per output and group of 64 inputs, the largest magnitude; the codes stand for 16 quantiles of a
+           normal distribution (NF4 below); two codes a byte, 4.25 or 4.5 bits a weight
 
-A layer's matrices and the head are stored so.  Norm scales are small and the embedding is read one row a token: both
-stay as they are, and with tied embeddings so does the head.
+For generating a layer's matrices and the head are stored so (`serving`), for QLoRA the layers' matrices.  Norm scales
+are small and the embedding is read one row a token: both stay as they are, and with tied embeddings so does the head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import jax
@@ -21,37 +24,50 @@ from jax.sharding import PartitionSpec as P
 from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.errors import ConfigError
 
-Bits = Literal["int8", "int4"]
-GROUP = 32
+Bits = Literal["int8", "int4", "nf4"]
+GROUPS = {"int4": 32, "nf4": 64}
 
-# Axes that a matrix sums over; the last of them is the one that groups lie along.
+# NormalFloat of QLoRA (arXiv 2305.14314, appendix E): between -1 and 0 seven steps, between 0 and 1 eight, equally many
+# values of a normal distribution in each, whose outermost quantiles are at 0.9677083.  tests/test_lora.py makes them.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+# Axes of a layer's matrix that it sums over, from its last; the last of them is the one that groups lie along.
 INPUTS = {
-    "query": (0,),
-    "key": (0,),
-    "value": (0,),
-    "out": (0, 1),
-    "gate": (0,),
-    "up": (0,),
-    "down": (0,),
-    "kernel": (0,),
+    "query": (-3,),
+    "key": (-3,),
+    "value": (-3,),
+    "out": (-3, -2),
+    "gate": (-2,),
+    "up": (-2,),
+    "down": (-2,),
+    "kernel": (-2,),
 }
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["axis"])
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["bits", "axis"])
 @dataclass(frozen=True)
 class Quantized:
-    """codes: int8 of the weight's shape; or uint8 with axis `axis` as [groups, 16], first halves in the low bits.
-    scale: in the compute dtype, of codes' rank, broadcast along what it is shared by."""
+    """codes: int8 of the weight's shape; or uint8 with axis `axis` as [groups, half a group], first halves in the low
+    bits.  scale: of codes' rank, broadcast along what it is shared by.
+
+    axis: counted from the last, so that it is the same for layers that are stacked and for one of them.
+    """
 
     codes: jax.Array
     scale: jax.Array
-    axis: int | None  # None: int8
+    bits: Bits
+    axis: int
 
 
-def serving(params: dict[str, Any], cfg: Model, weights: Literal["dtype", "int8", "int4"] = "dtype"):
+def serving(params: dict[str, Any], cfg: Model, weights: Literal["dtype", "int8", "int4", "nf4"] = "dtype"):
     """The parameters as generation reads them: layers apart, matrices in the compute dtype or in `weights`' bits.
 
-    Raises ConfigError when int4's groups do not divide a matrix.
+    Raises ConfigError when groups do not divide a matrix.
     """
     from tinyllama_jax.model import transformer  # whose layers multiply with what is defined here
 
@@ -71,54 +87,74 @@ def serving(params: dict[str, Any], cfg: Model, weights: Literal["dtype", "int8"
 
 
 def quantize(weight: jax.Array, bits: Bits, inputs: tuple[int, ...], name: str = "a matrix") -> Quantized:
-    """`weight` in so many bits, with scales in its dtype.  inputs: the axes that are summed over.
+    """`weight` in so many bits, with scales in its dtype.  inputs: the axes that are summed over, all of one sign.
 
-    A mesh axis that splits the last of them must divide its number of groups.
+    A mesh axis that splits the last of them must divide its number of groups.  Raises ConfigError when groups do not
+    divide that axis.
     """
+    inputs = tuple(axis % weight.ndim - weight.ndim for axis in inputs)
+    axis = inputs[-1]
     w = weight.astype(jnp.float32)
     if bits == "int8":
         scale = jnp.max(jnp.abs(w), axis=inputs, keepdims=True) / 127
         scale = jnp.where(scale == 0, 1, scale).astype(weight.dtype)
         codes = jnp.round(w / scale.astype(jnp.float32))
-        return Quantized(jnp.clip(codes, -127, 127).astype(jnp.int8), scale, None)
-    axis = inputs[-1]
-    if weight.shape[axis] % GROUP:
+        return Quantized(jnp.clip(codes, -127, 127).astype(jnp.int8), scale, bits, axis)
+    if weight.shape[axis] % GROUPS[bits]:
         raise ConfigError(
-            f"{name} {list(weight.shape)}: int4 shares scales among {GROUP} inputs, which do not divide "
+            f"{name} {list(weight.shape)}: {bits} shares scales among {GROUPS[bits]} inputs, which do not divide "
             f"{weight.shape[axis]}; take int8"
         )
-    w = _grouped(w, axis)
-    largest = jnp.take_along_axis(w, jnp.argmax(jnp.abs(w), axis=axis + 1, keepdims=True), axis + 1)
-    scale = jnp.where(largest == 0, 1, largest / -8).astype(weight.dtype)
-    codes = jnp.clip(jnp.round(w / scale.astype(jnp.float32)) + 8, 0, 15).astype(jnp.uint8)
-    low, high = jnp.split(codes, 2, axis=axis + 1)
-    return Quantized(low | high << 4, scale, axis)
+    w = _grouped(w, axis, GROUPS[bits])
+    if bits == "int4":
+        largest = jnp.take_along_axis(w, jnp.argmax(jnp.abs(w), axis=axis, keepdims=True), axis) / -8
+    else:
+        largest = jnp.max(jnp.abs(w), axis=axis, keepdims=True)
+    scale = jnp.where(largest == 0, 1, largest).astype(weight.dtype)
+    w /= scale.astype(jnp.float32)
+    if bits == "int4":
+        codes = jnp.clip(jnp.round(w) + 8, 0, 15).astype(jnp.uint8)
+    else:  # the nearest quantile: how many of the middles between two lie below
+        codes = sum((w > (low + high) / 2).astype(jnp.uint8) for low, high in pairwise(NF4))
+    low, high = jnp.split(codes, 2, axis=axis)
+    return Quantized(low | high << 4, scale, bits, axis)
 
 
 def whole(tree: Any, dtype: jnp.dtype) -> Any:
     """`tree` with every Quantized of it as the array that it stands for, in `dtype`."""
-    return jax.tree.map(lambda x: _array(x, dtype) if isinstance(x, Quantized) else x, tree, is_leaf=_is_quantized)
+    return jax.tree.map(lambda x: _array(x, dtype) if isinstance(x, Quantized) else x, tree, is_leaf=is_quantized)
 
 
-def _is_quantized(x: Any) -> bool:
+def is_quantized(x: Any) -> bool:
     return isinstance(x, Quantized)
 
 
 def _array(x: Quantized, dtype: jnp.dtype) -> jax.Array:
-    if x.axis is None:
+    if x.bits == "int8":
         return x.codes.astype(dtype) * x.scale.astype(dtype)
-    codes = jnp.concatenate([x.codes & 15, x.codes >> 4], axis=x.axis + 1).astype(jnp.int8) - 8
-    grouped = codes.astype(dtype) * x.scale.astype(dtype)
-    spec = list(jax.typeof(grouped).sharding.spec)
-    del spec[x.axis + 1]
-    shape = list(grouped.shape)
-    shape[x.axis : x.axis + 2] = [shape[x.axis] * GROUP]
+    codes = jnp.concatenate([x.codes & 15, x.codes >> 4], axis=x.axis)
+    values = codes.astype(jnp.int8) - 8 if x.bits == "int4" else _quantiles(codes)
+    grouped = values.astype(dtype) * x.scale.astype(dtype)
+    groups, member = grouped.ndim + x.axis - 1, grouped.ndim + x.axis
+    spec, shape = list(jax.typeof(grouped).sharding.spec), list(grouped.shape)
+    del spec[member]
+    shape[groups : member + 1] = [shape[groups] * shape[member]]
     return jnp.reshape(grouped, shape, out_sharding=P(*spec))
 
 
-def _grouped(w: jax.Array, axis: int) -> jax.Array:
-    """[..., n, ...] as [..., n / 32, 32, ...]."""
+def _quantiles(codes: jax.Array) -> jax.Array:
+    """NF4[codes], float32, by selects, which are part of the loops around them on every device; a gather is not."""
+    values = [jnp.float32(value) for value in NF4]
+    for bit in range(4):
+        is_set = (codes >> bit & 1).astype(bool)
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _grouped(w: jax.Array, axis: int, size: int) -> jax.Array:
+    """[..., n, ...] as [..., n / size, size, ...]; axis is counted from the last, and is that of `size` afterwards."""
+    at = w.ndim + axis
     spec = list(jax.typeof(w).sharding.spec)
-    spec.insert(axis + 1, None)
-    shape = [*w.shape[:axis], w.shape[axis] // GROUP, GROUP, *w.shape[axis + 1 :]]
+    spec.insert(at + 1, None)
+    shape = [*w.shape[:at], w.shape[at] // size, size, *w.shape[at + 1 :]]
     return jnp.reshape(w, shape, out_sharding=P(*spec))
