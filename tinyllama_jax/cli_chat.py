@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinyllama_jax import verbs_chat
 
-TEMPLATES = ("auto", "zephyr", "chatml", "v0_1")  # generate/chat.py has them, and imports tokenizers
+TEMPLATES = ("auto", "zephyr", "chatml", "v0_1", "alpaca", "none")  # generate/templates.py has them; imports are slow
 
 
 def add_chat(verb, as_json, dtype) -> None:

@@ -85,6 +85,23 @@ class Tokenizer:
         """As `encode`, where also the added tokens that a tokenizer.json does not call special stay text."""
         return self._backend.encode_plain(text).tolist()
 
+    def encode_further(self, text: str) -> list[int]:
+        """As `encode_plain`, of a text that goes on behind another: where the vocabulary puts a space before every
+        text, none is put.  (Byte-level vocabularies that put one put it here too.)"""
+        before, ids = self._before
+        return self._backend.encode_plain(before + text)[ids:].tolist()
+
+    @functools.cached_property
+    def _before(self) -> tuple[str, int]:
+        """A character that is in no piece, so that nothing is joined with it, and the number of its ids; none where
+        nothing is put before a text."""
+        first = self._backend.piece(int(self._backend.encode_plain("a")[0])) or ""
+        used = set().union(*self._backend.all_pieces())
+        character = next((c for c in "\n\x00\x01\x02\ue000\uf8ff" if c not in used), None)
+        if not first.startswith(SPACE) or character is None:
+            return "", 0
+        return character, self._backend.encode_plain(character).size
+
     def encode_document(self, text: str, marks: Marks) -> np.ndarray:
         """int32 [tokens]: the text with BOS before and/or EOS after it."""
         if marks not in ("eos", "bos", "both", "none"):

@@ -1,9 +1,10 @@
-"""Chat templates: a dialogue as the token ids that a chat model was trained to answer.
+"""Chat templates: a dialogue as the token ids that a chat model was trained to answer, or is trained with.
 
-The three forms that TinyLlama's chat models were trained with: Zephyr's (Chat-v1.0), ChatML (v0.2, v0.3) and that of
-v0.1.  Each is data: text and control tokens in turn.  Texts between two control tokens are encoded apart from them and
-never yield one, so nobody can end his own message with `</s>` or begin another role's with `<|im_start|>`.  Zephyr's
-and v0.1's role markers are ordinary text to their models: what separates roles there is the `</s>`, or nothing.
+A template (templates.py) is data: text and control tokens in turn.  Texts between two control tokens are encoded apart
+from them and never yield one, so nobody can end his own message with `</s>` or begin another role's with
+`<|im_start|>`.  Zephyr's and v0.1's role markers are ordinary text to their models: what separates roles there is the
+`</s>`, or nothing.  Answers are encoded apart from what is before and behind them, as a model writes them: then a
+prompt has the same ids whether its answer is known or not.
 
 A checkpoint's own Jinja template is looked at, never executed.
 """
@@ -11,68 +12,17 @@ A checkpoint's own Jinja template is looked at, never executed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.data.tokenizer_backends import JSON_CONFIG_FILE, JSON_FILE
 from tinyllama_jax.errors import ConfigError, DataError
-
-
-@dataclass(frozen=True)
-class Message:
-    role: str  # system, user or assistant
-    content: str
-
-
-@dataclass(frozen=True)
-class Control:
-    """A control token; spelled as ordinary text by tokenizers that have none of this name.  Empty: the tokenizer's EOS,
-    which each has."""
-
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Template:
-    name: str
-    known_by: str  # what a Jinja template of this form contains
-    turn: tuple[str | Control, ...]  # of one message: {role} and {content} are put in
-    opening: tuple[str | Control, ...]  # behind the last message: the answer begins here
-    ends: tuple[str, ...] = ()  # beside EOS, what ends an answer: a control token, or else text
-    roles: tuple[str, str, str] = ("system", "user", "assistant")  # as they are written; "" = there is no such role
-    strips: bool = False  # contents lose the blanks around them, as the spaces are the template's
-
-
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template(
-            "chatml",
-            "<|im_start|>",
-            turn=(Control("<|im_start|>"), "{role}\n{content}", Control("<|im_end|>"), "\n"),
-            opening=(Control("<|im_start|>"), "assistant\n"),
-            ends=("<|im_end|>",),
-        ),
-        Template(
-            "zephyr",
-            "<|user|>",
-            turn=("<|{role}|>\n{content}", Control(), "\n"),
-            opening=("<|assistant|>\n",),
-        ),
-        Template(
-            "v0_1",
-            "### Human",
-            turn=("### {role}: {content}",),
-            opening=("### Assistant:",),
-            ends=("### Human:",),
-            roles=("", "Human", "Assistant"),
-            strips=True,
-        ),
-    )
-}
-ROLES = ("system", "user", "assistant")
+from tinyllama_jax.generate.templates import TEMPLATES as TEMPLATES
+from tinyllama_jax.generate.templates import Control, Part, Template, check, written
+from tinyllama_jax.generate.templates import Message as Message
 
 
 def choose(name: str, folder: Path) -> Template:
@@ -89,7 +39,7 @@ def choose(name: str, folder: Path) -> Template:
         named = {each.get("name"): each.get("template") for each in text if isinstance(each, dict)}
         text = named.get("default") or ""
     for template in TEMPLATES.values():
-        if isinstance(text, str) and template.known_by in text:
+        if isinstance(text, str) and template.known_by and template.known_by in text:
             return template
     found = "has a chat template of another form" if text else "names no chat template"
     raise ConfigError(f"{folder} {found}; choose with --template {'|'.join(TEMPLATES)}")
@@ -117,37 +67,26 @@ def _read(file: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def check(messages: Sequence[Message], template: Template) -> None:
-    """Raise ConfigError unless this is a dialogue that the template can write, and whose next turn is an answer."""
-    if not messages:
-        raise ConfigError("there are no messages; at least one of the user is needed")
-    turns = list(enumerate(messages))
-    for i, message in turns:
-        if message.role not in ROLES:
-            raise ConfigError(f"messages[{i}]: role {message.role!r} is none of {', '.join(ROLES)}")
-        if message.role != "assistant" and not message.content.strip():
-            raise ConfigError(f"messages[{i}]: the {message.role}'s message is empty")
-    if messages[0].role == "system":
-        if not template.roles[0]:
-            raise ConfigError(f"messages[0]: the template {template.name} has no system messages; leave it out")
-        turns = turns[1:]
-    for place, (i, message) in enumerate(turns):
-        due = ("user", "assistant")[place % 2]
-        if message.role != due:
-            raise ConfigError(f"messages[{i}]: is the {message.role}'s where the {due}'s is due; the two alternate")
-    if len(turns) % 2 == 0:
-        raise ConfigError("the last message must be the user's: it is what is answered")
-
-
 class Chat:
     """A template with a tokenizer: dialogues to ids.
 
     start: ids at the beginning of every document (load.prompt_tokens of an empty text).
     controls: as control_ids found them.  stop_ids, stop: ids and texts that end an answer.
+    system: the system message of dialogues that have none; None = they get none.
     """
 
-    def __init__(self, template: Template, tokenizer: Tokenizer, start: Sequence[int], controls: Mapping[str, int]):
+    def __init__(
+        self,
+        template: Template,
+        tokenizer: Tokenizer,
+        start: Sequence[int],
+        controls: Mapping[str, int],
+        system: str | None = None,
+    ):
         self.template, self._tokenizer, self._start, self._controls = template, tokenizer, tuple(start), dict(controls)
+        if system is not None and not template.roles[0]:
+            raise ConfigError(f"the template {template.name} has no system messages; leave the system message out")
+        self.system = system
         ids = [self._controls[text] for text in template.ends if text in self._controls]
         self.stop_ids = tuple(dict.fromkeys([tokenizer.eos_id, *ids]))
         used = [part.text for part in (*template.turn, *template.opening) if isinstance(part, Control)]
@@ -158,29 +97,60 @@ class Chat:
     def ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The prompt of a dialogue, up to where the answer begins.  Raises ConfigError as `check` does."""
         check(messages, self.template)
-        names = dict(zip(ROLES, self.template.roles, strict=True))
-        parts: list[str | Control] = []
-        for message in messages:
-            content = message.content.strip() if self.template.strips else message.content
-            for part in self.template.turn:
-                text = isinstance(part, str)
-                parts.append(part.format(role=names[message.role], content=content) if text else part)
-        return self._start + tuple(self._encode([*parts, *self.template.opening]))
+        return tuple(self._encode(self._written(messages))[0].tolist())
 
-    def _encode(self, parts: Sequence[str | Control]) -> list[int]:
-        ids: list[int] = []
-        text = ""
-        for part in parts:
-            if isinstance(part, str) or (part.text and part.text not in self._controls):
-                text += part if isinstance(part, str) else part.text
+    def render(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+        """A whole dialogue -> its ids int32 [T], and which of them the assistant writes bool [T]: the words of the
+        answers and what ends each.  Up to any answer the ids are those of `ids`.
+
+        Raises ConfigError unless the two alternate and the last message is the assistant's.
+        """
+        check(messages, self.template, answered=True)
+        return self._encode(self._written(messages))
+
+    def plain(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """A text as a document -> ids int32 [T], bool [T]: all of it is learned, and the EOS that ends it."""
+        ids = np.array([*self._start, *self._plain(text, False), self._tokenizer.eos_id], np.int32)
+        return ids, np.arange(ids.size) >= len(self._start)
+
+    @property
+    def start_tokens(self) -> int:
+        return len(self._start)
+
+    def _written(self, messages: Sequence[Message]) -> list[Part]:
+        if self.system is not None and messages[0].role != "system":
+            messages = [Message("system", self.system), *messages]
+        return written(self.template, messages)
+
+    def _encode(self, parts: Iterable[Part]) -> tuple[np.ndarray, np.ndarray]:
+        """-> (ids, which are an answer's).  Neighbouring texts are encoded together unless one is an answer's and the
+        other is not."""
+        runs: list[tuple[list[int], bool]] = [(list(self._start), False)]
+        text, answer, follows = "", False, False  # follows: text stands right before `text`
+
+        def flush() -> None:
+            if text:
+                runs.append((self._plain(text, follows), answer))
+
+        for what, of_answer in parts:
+            if isinstance(what, Control) and (i := self._id(what)) is not None:
+                flush()
+                runs.append(([i], of_answer))
+                text, follows = "", False
                 continue
-            ids += self._plain(text)
-            ids.append(self._controls[part.text] if part.text else self._tokenizer.eos_id)
-            text = ""
-        return ids + self._plain(text)
+            if of_answer != answer:
+                flush()
+                text, answer, follows = "", of_answer, bool(text) or follows
+            text += what.text if isinstance(what, Control) else what
+        flush()
+        ids = np.concatenate([np.array(run, np.int32) for run, _ in runs])
+        return ids, np.repeat([flag for _, flag in runs], [len(run) for run, _ in runs])
 
-    def _plain(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode_plain(text) if text else []
+    def _id(self, control: Control) -> int | None:
+        return self._controls.get(control.text) if control.text else self._tokenizer.eos_id
+
+    def _plain(self, text: str, follows: bool) -> list[int]:
+        ids = self._tokenizer.encode_further(text) if follows else self._tokenizer.encode_plain(text)
         for i in self._reserved.keys() & set(ids):
             raise ConfigError(
                 f"a message spells {self._reserved[i]}, which this tokenizer takes for a control token wherever it "
