@@ -27,7 +27,7 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return [FIRST + byte for byte in text.encode()]
 
-    encode_plain = encode
+    encode_plain = encode_further = encode
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i - FIRST for i in ids if i >= FIRST).decode(errors="replace")
