@@ -39,7 +39,7 @@ def prepare(recipe: Recipe, out: str | Path, *, processes: int = 1, progress: Pr
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if not _complete(recipe, out):
-            with _locked(out, progress):
+            with locked(out, progress):
                 if not _complete(recipe, out):
                     frozen = freeze(recipe, out, progress)
                     run(frozen, range(len(frozen.items)), processes, progress)
@@ -113,7 +113,7 @@ def _require_same(wanted: Recipe, found: Recipe, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out: Path, progress: Progress) -> Iterator[None]:
+def locked(out: Path, progress: Progress) -> Iterator[None]:
     """Holds `.NAME.lock` beside `out`; the system lets go of it when the process dies."""
     path = out.with_name(f".{out.name}.lock")
     while True:

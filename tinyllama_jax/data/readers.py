@@ -57,23 +57,36 @@ def _read_plain(file: Path, text: str, fields: tuple[str, ...]) -> Iterator[Row]
 # --- lines of JSON ---
 
 
+def lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file, which is decompressed as the end of its name says.  Raises DataError for damaged data and
+    data that was cut short."""
+    name = file.name
+    how = _gzip_lines if name.endswith(".gz") else _zstd_lines if name.endswith(".zst") else _plain_lines
+    return how(file)
+
+
 def _read_jsonl(file: Path, text: str, fields: tuple[str, ...]) -> Iterator[Row]:
-    with file.open("rb", BUFFER_BYTES) as lines:
-        yield from _parse_jsonl(file, lines, text, fields)
+    with contextlib.closing(lines(file)) as found:
+        yield from _parse_jsonl(file, found, text, fields)
 
 
-def _read_jsonl_gz(file: Path, text: str, fields: tuple[str, ...]) -> Iterator[Row]:
+def _plain_lines(file: Path) -> Iterator[bytes]:
+    with file.open("rb", BUFFER_BYTES) as found:
+        yield from found
+
+
+def _gzip_lines(file: Path) -> Iterator[bytes]:
     _require_content(file)
     try:
-        with gzip.open(file) as plain, io.BufferedReader(plain, BUFFER_BYTES) as lines:
-            yield from _parse_jsonl(file, lines, text, fields)
+        with gzip.open(file) as plain, io.BufferedReader(plain, BUFFER_BYTES) as found:
+            yield from found
     except EOFError as error:
         raise DataError(f"{file}: ends in the middle of its gzip data; fetch the file again") from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file}: damaged gzip data ({_line(error)}); fetch the file again") from error
 
 
-def _read_jsonl_zst(file: Path, text: str, fields: tuple[str, ...]) -> Iterator[Row]:
+def _zstd_lines(file: Path) -> Iterator[bytes]:
     with _package("zstandard", file):
         import zstandard
     _require_content(file)
@@ -82,7 +95,7 @@ def _read_jsonl_zst(file: Path, text: str, fields: tuple[str, ...]) -> Iterator[
         with file.open("rb") as compressed:
             _require_whole_frames(file, compressed.fileno())
             plain = decompressor.stream_reader(compressed, read_across_frames=True, closefd=False)
-            yield from _parse_jsonl(file, io.BufferedReader(plain, BUFFER_BYTES), text, fields)
+            yield from io.BufferedReader(plain, BUFFER_BYTES)
     except zstandard.ZstdError as error:
         raise DataError(f"{file}: damaged zstd data ({_line(error)}); fetch the file again") from error
 
@@ -154,6 +167,19 @@ def _text(record: Mapping, name: str, origin: str) -> str:
 
 
 def _read_parquet(file: Path, text: str, fields: tuple[str, ...]) -> Iterator[Row]:
+    for origin, values in parquet_rows(file, (text, *fields)):
+        try:
+            record = {name: value() for name, value in values.items()}
+        except UnicodeDecodeError as error:
+            raise DataError(f"{origin}: byte {error.start} is not valid UTF-8; mend the file") from error
+        yield origin, _text(record, text, origin), strings(record, fields)
+
+
+def parquet_rows(file: Path, wanted: Iterable[str] | None) -> Iterator[tuple[str, dict[str, Callable]]]:
+    """(origin, {column: a function that gives its value}) of each row; the functions raise UnicodeDecodeError.
+
+    wanted: columns, perhaps dotted; None = all.  Raises DataError for a file that is damaged or lacks a column.
+    """
     with _package("pyarrow", file):
         import pyarrow
         import pyarrow.parquet
@@ -162,31 +188,24 @@ def _read_parquet(file: Path, text: str, fields: tuple[str, ...]) -> Iterator[Ro
             file, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
         ) as opened:
             there = opened.schema_arrow.names
-            wanted = {name if name in there else name.split(".")[0]: name for name in (text, *fields)}
-            for column, name in wanted.items():
+            chosen = {
+                name if name in there else name.split(".")[0]: name for name in (there if wanted is None else wanted)
+            }
+            for column, name in chosen.items():
                 if column not in there:
                     raise DataError(
                         f"{file}: has no column {name!r}, it has {some(there)}; write ?text=COLUMN after the path"
                     )
             number = 0
-            for batch in opened.iter_batches(BATCH_ROWS, columns=list(wanted), use_threads=False):
+            for batch in opened.iter_batches(BATCH_ROWS, columns=list(chosen), use_threads=False):
                 columns = dict(zip(batch.schema.names, batch.columns, strict=True))
                 for i in range(batch.num_rows):
-                    origin = f"{file}#{number}"
+                    yield f"{file}#{number}", {name: column[i].as_py for name, column in columns.items()}
                     number += 1
-                    record = _record({name: column[i] for name, column in columns.items()}, origin)
-                    yield origin, _text(record, text, origin), strings(record, fields)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise DataError(f"{file}: damaged or no parquet file ({_line(error)}); fetch the file again") from error
-
-
-def _record(scalars: Mapping, origin: str) -> dict:
-    try:
-        return {name: scalar.as_py() for name, scalar in scalars.items()}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{origin}: byte {error.start} is not valid UTF-8; mend the file") from error
 
 
 # --- TensorFlow Datasets ---
@@ -299,9 +318,9 @@ READERS: dict[str, Callable[[Path, str, tuple[str, ...]], Iterator[Row]]] = {
     ".md": _read_plain,
     ".py": _read_plain,
     ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl_gz,
-    ".json.gz": _read_jsonl_gz,  # C4 and Dolma name lines of JSON so
-    ".jsonl.zst": _read_jsonl_zst,
+    ".jsonl.gz": _read_jsonl,
+    ".json.gz": _read_jsonl,  # C4 and Dolma name lines of JSON so
+    ".jsonl.zst": _read_jsonl,
     ".parquet": _read_parquet,
 }
 PLAIN = (".txt", ".md", ".py")

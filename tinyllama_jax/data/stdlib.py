@@ -28,7 +28,7 @@ def library() -> Path:
 
 def library_bytes() -> int:
     """The size of the files that `python_documents` reads."""
-    return sum(file.stat().st_size for file in _python_files(library()))
+    return sum(file.stat().st_size for file in python_files(library()))
 
 
 @functools.lru_cache(maxsize=1)
@@ -38,7 +38,7 @@ def python_documents() -> tuple[Document, ...]:
     Python release alone (some Linux distributions split a few modules off)."""
     root = library()
     prose, code = [], []
-    for file in _python_files(root):
+    for file in python_files(root):
         origin = file.relative_to(root).as_posix()
         source = _python_source(file)
         tree = ast.parse(source)
@@ -56,7 +56,7 @@ def python_documents() -> tuple[Document, ...]:
     return tuple(prose + code)
 
 
-def _python_files(root: Path) -> list[Path]:
+def python_files(root: Path) -> list[Path]:
     files = []
     for folder, folders, names in os.walk(root):
         top = Path(folder) == root

@@ -78,6 +78,11 @@ class Tokenizer:
         """The ids that the file itself says go before a text.  A SentencePiece model says nothing: none."""
         return self._backend.puts_before() if isinstance(self._backend, JsonBackend) else []
 
+    def start(self, marks: Marks) -> list[int]:
+        """The ids at the beginning of a text, whose documents are marked so: BOS if they begin with it, else the EOS
+        that ended the document before, else none.  A model has never seen a mark that its documents did not carry."""
+        return {"bos": [self.bos_id], "both": [self.bos_id], "eos": [self.eos_id], "none": []}[marks]
+
     def encode(self, text: str) -> list[int]:
         return self._ids(text).tolist()
 

@@ -89,8 +89,7 @@ class Chat:
         self.system = system
         ids = [self._controls[text] for text in template.ends if text in self._controls]
         self.stop_ids = tuple(dict.fromkeys([tokenizer.eos_id, *ids]))
-        used = [part.text for part in (*template.turn, *template.opening) if isinstance(part, Control)]
-        self._reserved = {self._controls[text]: text for text in used if text in self._controls}
+        self._reserved = {self._controls[text]: text for text in template.controls if text in self._controls}
         self._reserved |= {tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}
         self.stop = tuple(text for text in template.ends if text not in self._controls)
 

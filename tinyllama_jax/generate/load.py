@@ -39,10 +39,8 @@ class Loaded:
 
 
 def prompt_tokens(tokenizer: Tokenizer, marks: str, text: str) -> list[int]:
-    """A prompt as the beginning of a document: behind BOS if documents began with it, else behind the EOS that
-    ended the document before, else bare.  A model has never seen a mark that its documents did not carry."""
-    start = {"bos": [tokenizer.bos_id], "both": [tokenizer.bos_id], "eos": [tokenizer.eos_id], "none": []}[marks]
-    return start + tokenizer.encode(text)
+    """A prompt as the beginning of a document: behind the mark that documents had before them (Tokenizer.start)."""
+    return tokenizer.start(marks) + tokenizer.encode(text)
 
 
 def load(text: str, mesh: Mesh, *, dtype: str = "float32") -> Loaded:

@@ -41,6 +41,12 @@ class Template:
     strips: bool = False  # contents lose the blanks around them, as the spaces are the template's
     asked: tuple[str, str] = ("", "")  # of a message of the user instead of `turn`: without and with an input
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Its control tokens, apart from the EOS."""
+        found = [part.text for part in (*self.turn, *self.opening) if isinstance(part, Control) and part.text]
+        return tuple(dict.fromkeys(found))
+
 
 _ALPACA = "Below is an instruction that describes a task"
 _RESPOND = "Write a response that appropriately completes the request.\n\n### Instruction:\n{content}\n\n"
