@@ -27,7 +27,7 @@ from tinyllama_jax.config import Execution, Model
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.generate import sampling
 from tinyllama_jax.generate.sampling import Rows, Sampling, Uses
-from tinyllama_jax.model import cached
+from tinyllama_jax.model import cached, prefix
 
 SMALLEST_BUCKET = 32
 
@@ -90,6 +90,9 @@ class Engine:
             raise ConfigError(f"engine: rows={rows} must be positive, context_tokens and block not negative")
         if context_tokens > model.context_tokens:
             raise ConfigError(f"engine: {context_tokens} tokens exceed the model's context of {model.context_tokens}")
+        self.prefix = prefix.tokens(params)  # slots of every row before its first token
+        if slide:
+            prefix.refuse(params, "cannot forget its oldest tokens", "leave out --slide")
         self.params, self.model, self.execution = params, model, execution
         self.rows, self.context_tokens, self.slide = rows, context_tokens or model.context_tokens, slide
         self.block = block or (1 if sharding.device()[0] == sharding.CPU else 16)
@@ -186,7 +189,7 @@ class Engine:
 
     def _decode(self) -> list[Piece]:
         most = max(len(r.request.prompt) + r.answered for r in self._running.values()) + self.block
-        visible = bucket(min(most, self.context_tokens), self.context_tokens)
+        visible = self.prefix + bucket(min(most, self.context_tokens), self.context_tokens)
         run = _decode(self.model, self.block, visible, self.slide, self._uses)
         tokens_BN, self._state = run(self.params, self._state)
         tokens_BN = np.asarray(tokens_BN)
@@ -228,7 +231,7 @@ class Engine:
         if self._state is None:
             zeros = lambda: jnp.zeros(self.rows, jnp.int32)  # noqa: E731
             make = jax.jit(cached.init_cache, static_argnums=(0, 1, 2))
-            cache = make(self.model, self.rows, self.context_tokens)
+            cache = make(self.model, self.rows, self.prefix + self.context_tokens)
             seen = jnp.asarray(seen_BV)
             self._state = State(cache, zeros(), zeros(), zeros(), zeros(), zeros(), seen, how)
         old = self._state
@@ -264,8 +267,8 @@ def _prefill(model: Model, execution: Execution, uses: Uses):
 
     def run(params: Any, state: State, tokens_NT: jax.Array, last_N: jax.Array, at_N: jax.Array):
         logits_NV, new = cached.prefill(params, tokens_NT, model, execution, last_N)
-        length = tokens_NT.shape[1]
-        put = lambda old, of_new: old.at[at_N, :, :length].set(of_new.astype(old.dtype), mode="drop")  # noqa: E731
+        length, ahead = tokens_NT.shape[1], prefix.tokens(params)
+        put = lambda old, of_new: old.at[at_N, :, : ahead + length].set(of_new.astype(old.dtype), mode="drop")  # noqa: E731
         cache = jax.tree.map(put, state.cache, new)
         how = Rows(*(x.at[at_N].get(mode="clip") for x in state.how))
         seen_BV = state.seen_BV
@@ -282,7 +285,7 @@ def _prefill(model: Model, execution: Execution, uses: Uses):
         return token_N, state._replace(
             cache=cache,
             token_B=set_(state.token_B, token_N),
-            position_B=set_(state.position_B, last_N + 1),
+            position_B=set_(state.position_B, ahead + last_N + 1),
             count_B=set_(state.count_B, 1),
             left_B=state.left_B.at[at_N].add(-1, mode="drop"),
             seen_BV=seen_BV,

@@ -19,6 +19,7 @@ from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.generate import engine, sampling
 from tinyllama_jax.generate.sampling import Sampling
 from tinyllama_jax.generate.speculative_round import functions
+from tinyllama_jax.model import prefix
 
 
 class HasWeights(Protocol):
@@ -92,6 +93,8 @@ def speculate(
     draft_tokens < 1.
     """
     model = target.model
+    for one in (target, draft):
+        prefix.refuse(one.params, "cannot be drafted or judged", "generate without --draft")
     prompts = [tuple(map(int, prompt)) for prompt in prompts]
     engine.check(prompts or [()], max_new_tokens, model)
     if draft_tokens < 1 or rows < 1:

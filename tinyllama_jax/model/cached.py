@@ -9,6 +9,7 @@ Parameters are those of transformer.py, or what `quantized.serving` makes of the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import attention, sharding
 from tinyllama_jax.config import Execution, Model
-from tinyllama_jax.model import quantized, rope, transformer
+from tinyllama_jax.model import prefix, quantized, rope, transformer
 from tinyllama_jax.model.layers import rms_norm
 from tinyllama_jax.model.transformer import Params
 
@@ -45,19 +46,29 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Logits float32 [B, V] behind token last_B of each row, and a cache of T slots with all of them in it.
 
+    With a prefix of P (prefix.py) it has P + T slots, the prefix in the first, and the next token's position is P + T.
     Shorter prompts are aligned left: no token sees the padding behind it, and its slots are written over before they
     are read.
     """
-    cos, sin = rope.tables(cfg, jnp.arange(tokens_BT.shape[1]))
+    cos, sin = rope.tables(cfg, prefix.tokens(params) + jnp.arange(tokens_BT.shape[1]))
     kept: list[dict[str, jax.Array]] = []
+    attend = functools.partial(attention.attention, implementation=execution.attention)
 
-    def attend(q_BTHK, k_BTGK, v_BTGK):
-        kept.append({"k": k_BTGK.swapaxes(1, 2), "v": v_BTGK.swapaxes(1, 2)})
-        return attention.attention(q_BTHK, k_BTGK, v_BTGK, implementation=execution.attention)
+    def attend_in(before: dict[str, jax.Array] | None) -> Callable:
+        def keeping(q_BTHK, k_BTGK, v_BTGK):
+            of_layer = (k_BTGK, v_BTGK)
+            if before is not None:
+                of_layer = [
+                    jnp.concatenate(p, axis=1) for p in zip(prefix.before(before, k_BTGK), of_layer, strict=True)
+                ]
+            kept.append(dict(zip("kv", (x.swapaxes(1, 2) for x in of_layer), strict=True)))
+            return (attend if before is None else prefix.attending(attend, before))(q_BTHK, k_BTGK, v_BTGK)
+
+        return keeping
 
     x_BTD = transformer.embed(params, tokens_BT, cfg)
-    for layer in _layers(params, cfg):
-        x_BTD = layer(x_BTD, cos, sin, attend)
+    for layer, before in _layers(params, cfg):
+        x_BTD = layer(x_BTD, cos, sin, attend_in(before))
     x_BD = jax.vmap(lambda row_TD, last: row_TD[last])(x_BTD, last_B)
     return _logits(params, x_BD[:, None], cfg)[:, 0], tuple(kept)
 
@@ -74,7 +85,7 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
     """Logits float32 [B, T, V] of T more tokens per row, and the cache with them in it.
 
-    A token at position p is written to slot p and sees slots 0 .. p, so each row's earlier positions must have been
+    Positions count the slots that a prefix takes.  A token at position p is written to slot p and sees slots 0 .. p, so each row's earlier positions must have been
     written; rows may be of different lengths.  A position past the last slot is not written (rows without a request
     use it); the caller sees to it that real ones fit.
 
@@ -102,7 +113,7 @@ def decode(
         return attend
 
     x_BTD = transformer.embed(params, tokens_BT, cfg)
-    for layer, of_layer in zip(_layers(params, cfg), cache, strict=True):
+    for (layer, _), of_layer in zip(_layers(params, cfg), cache, strict=True):
         x_BTD = layer(x_BTD, cos, sin, attend_in(of_layer))
     return _logits(params, x_BTD, cfg), tuple(updated)
 
@@ -119,12 +130,14 @@ def _attend(q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, last_BT: ja
     return jnp.einsum("bgrts,bgsk->btgrk", weights_BGRTS, v_BGSK).reshape(B, T, H, K)
 
 
-def _layers(params: Params, cfg: Model) -> Iterator[Callable]:
-    """The layers as functions, each with its weights whole in the compute dtype only while it is computed."""
+def _layers(params: Params, cfg: Model) -> Iterator[tuple[Callable, dict[str, jax.Array] | None]]:
+    """The layers as functions, each with its weights whole in the compute dtype only while it is computed, and with
+    the prefix before its tokens."""
     layers = params["layers"]
     for i in range(cfg.layers):
         of_layer = layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-        yield nnx.merge(transformer.block(cfg), quantized.whole(of_layer, jnp.dtype(cfg.compute_dtype)))
+        of_layer, before = prefix.split(of_layer)
+        yield nnx.merge(transformer.block(cfg), quantized.whole(of_layer, jnp.dtype(cfg.compute_dtype))), before
 
 
 def _logits(params: Params, x_BTD: jax.Array, cfg: Model) -> jax.Array:

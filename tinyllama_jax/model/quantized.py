@@ -81,7 +81,9 @@ def serving(params: dict[str, Any], cfg: Model, weights: Literal["dtype", "int8"
 
     def smaller(path: tuple, leaf: jax.Array) -> Any:
         name = path[-1].key
-        return quantize(leaf, weights, INPUTS[name], name) if name in INPUTS else leaf
+        if name not in INPUTS or path[-2].key == "prefix":
+            return leaf
+        return quantize(leaf, weights, INPUTS[name], name)
 
     return jax.tree_util.tree_map_with_path(smaller, params)
 

@@ -29,7 +29,8 @@ from jax.sharding import PartitionSpec as P
 
 from tinyllama_jax import attention, sharding
 from tinyllama_jax.config import Execution, Model
-from tinyllama_jax.model import rope
+from tinyllama_jax.errors import ConfigError
+from tinyllama_jax.model import prefix, rope
 from tinyllama_jax.model.init import initializers
 from tinyllama_jax.model.layers import Block, Weight, dropout, rms_norm, terms, whole
 
@@ -141,7 +142,13 @@ def hidden(
     dropout_key: training with `cfg.dropout` > 0; without a key nothing is dropped.
     """
     tokens_axis = sharding.token_axis(tokens_BT)
-    positions_T = sharding.striped(np.arange(tokens_BT.shape[1]), sharding.parts(tokens_axis))
+    ahead = prefix.tokens(params)
+    if ahead and documents_BT is not None:
+        raise ConfigError(
+            "adapter.method=prefix stands before whole rows: set data.document_masking=false, with one example to a "
+            "row (examples.packing=single)"
+        )
+    positions_T = ahead + sharding.striped(np.arange(tokens_BT.shape[1]), sharding.parts(tokens_axis))
     cos, sin = jax.sharding.reshard(rope.tables(cfg, positions_T), P(tokens_axis, None))
     graphdef = block(cfg)
     seen = None if documents_BT is None else attention.ranges(documents_BT)  # once for all layers
@@ -152,7 +159,9 @@ def hidden(
     def body(x_BTD, layer_and_index):
         layer, index = layer_and_index
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return nnx.merge(graphdef, layer)(x_BTD, cos, sin, attend, key), None
+        layer, before = prefix.split(layer)
+        attend_here = attend if before is None else prefix.attending(attend, before)
+        return nnx.merge(graphdef, layer)(x_BTD, cos, sin, attend_here, key), None
 
     # A loop's body cannot be merged with its own recomputation; unrolled layers can, which would undo the policy.
     body = _remat(body, execution.remat, prevent_cse=not execution.scan_layers)
