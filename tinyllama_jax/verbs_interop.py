@@ -12,8 +12,8 @@ from tinyllama_jax.terminal import answer, say
 from tinyllama_jax.train import saved
 
 # Options of the two verbs that belong to some formats: None where not given.
-READ_OPTIONS = ("context_tokens",)
-WRITE_OPTIONS = ("dtype", "shard_size", "layout", "license", "language")
+READ_OPTIONS = ("context_tokens", "base")
+WRITE_OPTIONS = ("dtype", "shard_size", "layout", "license", "language", "base_model")
 
 
 def import_(args: argparse.Namespace) -> None:
@@ -33,7 +33,7 @@ def import_(args: argparse.Namespace) -> None:
             "model": configio.to_dict(found.model),
             "document_marks": found.marks,
             "imported_from": {"format": args.format, "source": str(source)},
-        }
+        } | found.meta
         save_params(out, found.params, meta, tokenizer_files=found.tokenizer_files)
     value = {"checkpoint": str(out), "parameters": _count(found.params)}
     answer(args, value, [f"{out}: {value['parameters']:,} parameters"])
@@ -41,14 +41,16 @@ def import_(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     options = formats.chosen(args.format, "writes", {name: getattr(args, name) for name in WRITE_OPTIONS})
-    saved.resolve(args.checkpoint)  # before jax is imported
+    path = saved.resolve(args.checkpoint)  # before jax is imported
+    formats.refuse_misfit(args.format, path, saved.read_meta(path))
     from tinyllama_jax.config import Mesh
-    from tinyllama_jax.generate.load import load
+    from tinyllama_jax.generate.load import load, load_adapter
     from tinyllama_jax.sharding import computing, make_mesh
 
     mesh = make_mesh(Mesh())
     with computing(mesh, "float32"):
-        loaded = load(args.checkpoint, mesh)
+        alone = formats.FORMATS[args.format].adapters
+        loaded = load_adapter(args.checkpoint) if alone else load(args.checkpoint, mesh)
         more = formats.write(args.format, loaded, Path(args.out), **options)
     value = {"directory": args.out, "parameters": _count(loaded.params)} | more
     for note in more.get("notes", []):

@@ -13,6 +13,7 @@ from tinyllama_jax import config, programs
 from tinyllama_jax.config import Model, replace
 from tinyllama_jax.data.tokenizer import Tokenizer
 from tinyllama_jax.errors import CheckpointError
+from tinyllama_jax.generate import adapted
 from tinyllama_jax.model import quantized, transformer
 from tinyllama_jax.sharding import make_mesh, param_shardings
 from tinyllama_jax.train import checkpoint, saved
@@ -44,14 +45,17 @@ def prompt_tokens(tokenizer: Tokenizer, marks: str, text: str) -> list[int]:
 
 
 def load(text: str, mesh: Mesh, *, dtype: str = "float32") -> Loaded:
-    """The weights of a run (its newest checkpoint), RUN@STEP, or a checkpoint directory, laid out on `mesh`.
+    """The weights of a run (its newest checkpoint), RUN@STEP, RUN@best or a checkpoint directory, laid out on `mesh`.
 
+    Of a checkpoint that holds adapters: its base with them in it (adapted.py).
     Computation will be in `dtype`.  Raises CheckpointError when there is none or it is damaged.
     """
     path = saved.resolve(text)
     meta = saved.read_meta(path)
     model = replace(saved.model_of(meta), compute_dtype=dtype)
     programs.keep(repr(model))
+    if saved.adapter_of(meta) is not None:
+        return Loaded(path, model, adapted.together(path, meta, load_adapter(text).params, mesh), meta)
     shapes = jax.eval_shape(lambda key: transformer.init(model, key), jax.random.key(0))
     target = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
@@ -59,6 +63,24 @@ def load(text: str, mesh: Mesh, *, dtype: str = "float32") -> Loaded:
         param_shardings(shapes, mesh),
     )
     return Loaded(path, model, checkpoint.load(path, {"params": target})["params"], meta)
+
+
+def load_adapter(text: str) -> Loaded:
+    """A checkpoint of adapters as it is, without its base: float32 arrays, whole on every device of the mesh in use.
+
+    Raises ConfigError for a whole model, CheckpointError as `load`.
+    """
+    path = saved.resolve(text)
+    meta = saved.read_meta(path)
+    adapted.adapter(path, meta)
+    target: dict[str, Any] = {}
+    for name, leaf in meta["checkpoint"]["leaves"]["params"].items():
+        *folders, last = name.split(".")
+        node = target
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"])
+    return Loaded(path, saved.model_of(meta), checkpoint.load(path, {"params": target})["params"], meta)
 
 
 def serving_mesh(*texts: str) -> Mesh:

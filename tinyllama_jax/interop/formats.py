@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama_jax.config import Model
-from tinyllama_jax.errors import UsageError
+from tinyllama_jax.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:  # it imports jax, which no refusal waits for
     from tinyllama_jax.generate.load import Loaded
@@ -29,6 +29,7 @@ class Found:
     tokenizer_files: tuple[Path, ...] = ()
     marks: str = "bos"  # Llama's tokenizers put BOS before a text
     notes: tuple[str, ...] = ()  # lines for the user: what was left out or assumed
+    meta: dict[str, Any] = field(default_factory=dict)  # what the checkpoint says of itself besides
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Format:
     write(loaded, out, **options): writes at `out`, which must be new, and returns what the answer says besides.
     reads, writes: names of the options that they take; all have defaults.
     dtypes: how weights can be written, the first when nothing is said.
+    adapters: it holds adapters alone, which `write` gets as they are; other formats get whole models.
     """
 
     what: str
@@ -47,6 +49,7 @@ class Format:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ("dtype",)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    adapters: bool = False
 
 
 @contextlib.contextmanager
@@ -133,6 +136,29 @@ def _write_gguf(loaded: Loaded, out: Path, *, dtype: str = "F16") -> dict[str, A
     return gguf.export(loaded, out, kind=dtype)
 
 
+@contextlib.contextmanager
+def _read_peft(source: Path, *, base: str = "") -> Iterator[Found]:
+    if not base:
+        raise UsageError("import peft needs --base CKPT, the checkpoint of the model that the adapter belongs to")
+    from tinyllama_jax.interop import peft_base
+
+    yield peft_base.read(source, base)
+
+
+def _write_peft(
+    loaded: Loaded,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    base_model: str = "",
+    license: str = "",
+    language: str = "",
+) -> dict[str, Any]:
+    from tinyllama_jax.interop import peft_base
+
+    return peft_base.write(loaded, out, dtype=dtype, base_model=base_model, license=license, language=language)
+
+
 def _tokenizer_files(loaded: Loaded) -> list[Path]:
     folder = loaded.path / "tokenizer"
     return sorted(folder.iterdir()) if folder.is_dir() else []
@@ -160,6 +186,14 @@ FORMATS: dict[str, Format] = {
     "meta": Format(
         "Meta's consolidated.00.pth and params.json", read=_read_meta, write=_write_meta, reads=("context_tokens",)
     ),
+    "peft": Format(
+        "PEFT's adapters alone, without their base: LoRA and prefixes",
+        read=_read_peft,
+        write=_write_peft,
+        reads=("base",),
+        writes=("dtype", "base_model", "license", "language"),
+        adapters=True,
+    ),
 }
 
 
@@ -185,6 +219,20 @@ def chosen(name: str, direction: str, options: dict[str, Any]) -> dict[str, Any]
     if given.get("dtype", dtypes[0]) not in dtypes:
         raise UsageError(f"--dtype {given['dtype']} is not one of {name}'s: {', '.join(dtypes)}")
     return given
+
+
+def refuse_misfit(name: str, path: Path, meta: dict) -> None:
+    """Raises ConfigError for a checkpoint with this metadata that the format cannot hold: a whole model as an adapter,
+    or a prefix as part of a whole model."""
+    from tinyllama_jax.train import saved
+
+    adapter = saved.adapter_of(meta)
+    if FORMATS[name].adapters and adapter is None:
+        raise ConfigError(f"{path} holds a whole model and no adapter; `tinyllama export hf` writes it")
+    if not FORMATS[name].adapters and adapter is not None and adapter.method == "prefix":
+        raise ConfigError(
+            f"{path} holds a prefix, which cannot be merged into weights; `tinyllama export peft` writes it"
+        )
 
 
 def reading(name: str, source: Path, **options: Any) -> contextlib.AbstractContextManager[Found]:

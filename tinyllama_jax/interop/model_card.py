@@ -50,7 +50,7 @@ def card(checkpoint: Path, meta: dict, model: Model, name: str, *, license: str 
     sections = [
         ("", _what_it_is(meta, model)),
         ("How to use it", use_text(name, model)),
-        ("Training", _training(meta, run, model)),
+        ("Training", training(meta, run, model)),
         ("Data", _data(meta, manifest, sources)),
         ("Evaluation", _evaluation(meta, run)),
         ("Limits", _limits(meta, run, model, language)),
@@ -71,6 +71,10 @@ def _head(sources: Iterable[str], license: str, language: str) -> str:
     if published:
         head["datasets"] = list(dict.fromkeys(published))
     head |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["llama", "tinyllama_jax"]}
+    return front_matter(head)
+
+
+def front_matter(head: dict[str, Any]) -> str:
     return yaml.safe_dump(head, sort_keys=False)
 
 
@@ -106,7 +110,8 @@ def _what_it_is(meta: dict, model: Model) -> str:
     return f"{text}: {step}.\n\n{_table(('', ''), rows)}"
 
 
-def _training(meta: dict, run: Run | None, model: Model) -> str:
+def training(meta: dict, run: Run | None, model: Model) -> str:
+    """How a checkpoint came about, as far as its metadata and its run say."""
     config = _dictionary(meta.get("config")) or (run.config if run else {})
     if source := _dictionary(meta.get("imported_from")):
         where = PurePosixPath(str(source.get("source", ""))).name
@@ -125,6 +130,8 @@ def _training(meta: dict, run: Run | None, model: Model) -> str:
         lines = [
             f"Continued from the run `{Path(str(fork['run'])).name}` at {fork['tokens']:,} tokens, in these stages:"
         ]
+    if start := config.get("start"):
+        lines = [f"Fine-tuned{_beside(meta, config)} from `{Path(str(start['checkpoint'])).name}`, in these stages:"]
     planned = sum(stage["tokens"] for stage in config.get("curriculum") or [])
     facts = []
     if planned and meta.get("tokens", 0) < planned:
@@ -146,6 +153,16 @@ def _training(meta: dict, run: Run | None, model: Model) -> str:
     )
     table = _table(("stage", "tokens", "tokens in a batch", "mixture, in tokens"), rows)
     return "\n\n".join([*lines, table, "\n".join(f"- {fact}" for fact in facts)])
+
+
+def _beside(meta: dict, config: dict) -> str:
+    adapter = _dictionary(_dictionary(meta.get("merged")).get("adapter") or config.get("adapter"))
+    if not adapter:
+        return ""
+    if adapter.get("method") == "prefix":
+        return f" with a prefix of {adapter.get('prefix_tokens')} tokens"
+    how = f"rank {adapter.get('rank')}, alpha {adapter.get('alpha'):g}, base in {adapter.get('base_weights')}"
+    return f" with LoRA ({how}) of {', '.join(adapter.get('targets') or [])}"
 
 
 def _optimizer(optimizer: dict, lr: dict) -> str:

@@ -159,18 +159,24 @@ def _split(specs: Sequence[tuple[str, Shape]], itemsize: int, shard_bytes: int) 
 
 
 def write(
-    directory: Path, specs: Sequence[tuple[str, Shape]], tensors: Iterator[np.ndarray], dtype: str, shard_bytes: int
+    directory: Path,
+    specs: Sequence[tuple[str, Shape]],
+    tensors: Iterator[np.ndarray],
+    dtype: str,
+    shard_bytes: int,
+    *,
+    single: str = SINGLE,
 ) -> None:
     """Write `tensors`, in the order of `specs`, into `directory`; only one exists in memory at a time.
 
     dtype: float32, float16 or bfloat16, rounded to nearest even.  Raises ConfigError when a finite value does not fit
-    into it.
+    into it.  single: the name of a file that holds them all.
     """
     target = DTYPES[NAMES[dtype]]
     shards = _split(specs, target.itemsize, shard_bytes)
     places = {}
     for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
         end = 0
         for tensor, shape in shard:

@@ -85,9 +85,9 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
     """Logits float32 [B, T, V] of T more tokens per row, and the cache with them in it.
 
-    Positions count the slots that a prefix takes.  A token at position p is written to slot p and sees slots 0 .. p, so each row's earlier positions must have been
+    A token at position p is written to slot p and sees slots 0 .. p, so each row's earlier positions must have been
     written; rows may be of different lengths.  A position past the last slot is not written (rows without a request
-    use it); the caller sees to it that real ones fit.
+    use it); the caller sees to it that real ones fit.  Positions count the slots that a prefix takes.
 
     visible: only so many slots are read; the caller sees to it that no real position lies beyond.
     slide: position p is written to slot p mod S and sees the last S tokens.  T must be 1 then.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinyllama_jax import configio
-from tinyllama_jax.config import Model
+from tinyllama_jax.config import Adapter, Model
 from tinyllama_jax.errors import CheckpointError
 from tinyllama_jax.train import best, durable
 
@@ -50,3 +50,9 @@ def _best(run: Path) -> int:
     if step is None:
         raise CheckpointError(f"{run}@best: no checkpoint there has a validation loss in {run / 'validation.jsonl'}")
     return step
+
+
+def adapter_of(meta: dict) -> Adapter | None:
+    """The adapters that a checkpoint holds, beside the weights of another one (bases.py); None when it is whole."""
+    given = meta["adapter"] if "adapter" in meta else meta.get("config", {}).get("adapter")
+    return None if given is None else configio.from_dict(Adapter, given)
