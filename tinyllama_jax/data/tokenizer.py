@@ -83,6 +83,11 @@ class Tokenizer:
         that ended the document before, else none.  A model has never seen a mark that its documents did not carry."""
         return {"bos": [self.bos_id], "both": [self.bos_id], "eos": [self.eos_id], "none": []}[marks]
 
+    @property
+    def plain_bpe(self) -> bool:
+        """Whether it joins bytes and characters by rank, and rewrites nothing but spaces: as Llama's does."""
+        return self._backend.plain_bpe
+
     def encode(self, text: str) -> list[int]:
         return self._ids(text).tolist()
 
@@ -178,7 +183,9 @@ def _load_model(cls: type[Tokenizer], path: Path) -> Tokenizer:
     for name, i in (("BOS", bos), ("EOS", eos)):
         if i < 0:
             raise DataError(f"{path}: the vocabulary has no {name} token; take a tokenizer that has BOS and EOS")
-    return cls(backend, bos, eos, (path,))
+    # Nothing here reads it, but it says which chat template and control tokens go with the vocabulary.
+    config_file = path.with_name(JSON_CONFIG_FILE)
+    return cls(backend, bos, eos, (path, config_file) if config_file.exists() else (path,))
 
 
 def _load_json(cls: type[Tokenizer], path: Path) -> Tokenizer:
@@ -209,10 +216,10 @@ def _load_json(cls: type[Tokenizer], path: Path) -> Tokenizer:
     return cls(backend, *ids, (path, config_file) if config else (path,))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
+def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path, *, or_fewer: bool = False) -> Path:
     """Train a byte-pair vocabulary with the settings of Llama's and write it to `out` (a file, usually
     tokenizer.model); deterministic.  Ids: 0 unknown (unused, for bytes stand in), 1 BOS, 2 EOS, 3-258 bytes, then
-    the pieces.  Raises DataError when the texts are too small or too varied for `vocab_size`.
+    the pieces.  Raises DataError when the texts are too small (but with `or_fewer`) or too varied for `vocab_size`.
     """
     if vocab_size <= 0:
         raise ConfigError(f"vocab_size is {vocab_size}; it must be positive")
@@ -233,6 +240,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
             bos_id=BOS_ID,
             eos_id=EOS_ID,
             pad_id=-1,
+            hard_vocab_limit=not or_fewer,
             max_sentence_length=LINE_BYTES,
             input_sentence_size=SAMPLED_LINES,  # a sample bounds the memory; its seed is fixed in the library
             shuffle_input_sentence=True,

@@ -166,6 +166,29 @@ def read_pieces(path: Path) -> list[tuple[str, float, int]]:
     return [(piece.piece, piece.score, piece.type) for piece in model.pieces]
 
 
+def append_pieces(model: Path, pieces: list[tuple[str, float, int]], out: Path) -> None:
+    """A SentencePiece model with more pieces behind its own, and its own rules."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    for text, score, kind in pieces:
+        proto.pieces.add(piece=text, score=score, type=kind)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    out.write_bytes(proto.SerializeToString())
+
+
+def never_used(model: Path, first: int) -> set[str]:
+    """The pieces from id `first` on that not even a text of the piece alone gets: its parts are merged otherwise."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = False
+    sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    texts = [sp.id_to_piece(i) for i in range(first, sp.get_piece_size())]
+    ids = sp.encode(texts)
+    return {text for i, (text, found) in enumerate(zip(texts, ids, strict=True), first) if found != [i]}
+
+
 def write_pieces(path: Path, pieces: list[tuple[str, float, int]], bos: str, eos: str, adds_space: bool) -> None:
     """A SentencePiece BPE model of these pieces, with the rules of Llama's: bytes for what has no piece, and no text
     is rewritten.  adds_space: one is put before every text.  Raises ValueError for pieces of no such model."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama_jax.data.tokenizer import Tokenizer
-from tinyllama_jax.data.tokenizer_backends import JSON_CONFIG_FILE, JSON_FILE
+from tinyllama_jax.data.tokenizer_backends import CONTROL, JSON_CONFIG_FILE, JSON_FILE, MODEL_FILE, read_pieces
 from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.generate.templates import TEMPLATES as TEMPLATES
 from tinyllama_jax.generate.templates import Control, Part, Template, check, written
@@ -46,15 +46,17 @@ def choose(name: str, folder: Path) -> Template:
 
 
 def control_ids(folder: Path) -> dict[str, int]:
-    """Control tokens beside a vocabulary, by their text, as tokenizer.json and tokenizer_config.json list them.
+    """Control tokens of a vocabulary, by their text, as the files in `folder` list them.
     Raises DataError for a file that is not JSON, or lists them in another way."""
     try:
         added = _read(folder / JSON_FILE).get("added_tokens") or ()
         ids = {token["content"]: int(token["id"]) for token in added}
         decoder = _read(folder / JSON_CONFIG_FILE).get("added_tokens_decoder") or {}
-        return ids | {token["content"]: int(i) for i, token in decoder.items()}
+        ids |= {token["content"]: int(i) for i, token in decoder.items()}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DataError(f"{folder}: its added tokens are not listed as tokenizer files do ({error!r})") from error
+    pieces = read_pieces(folder / MODEL_FILE) if (folder / MODEL_FILE).exists() else []
+    return {text: i for i, (text, _, kind) in enumerate(pieces) if kind == CONTROL} | ids
 
 
 def _read(file: Path) -> dict:
