@@ -136,6 +136,7 @@ def plans(folder: Path) -> list[Command]:
         plan("prepare run", "--out", "store", "--workers", 1),
         plan("prepare finalize", "--out", "store"),
         plan("prepare view", "store", "--tokens", 170, "--out", "part"),
+        plan("prepare tokenizer", "--base", "store", "--add", "<|im_start|>", "--out", "longer"),
         plan("inspect STORE", "store"),
         plan("inspect PRESET", "tinyllama-1.1b", "--json"),
         plan("inspect MODULE:FUNCTION", v1_0),

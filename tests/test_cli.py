@@ -51,6 +51,7 @@ def test_the_list_of_options_is_meant():
         "prepare run": sorted([*common, "--items", "--out", "--workers"]),
         "prepare finalize": sorted([*common, "--out"]),
         "prepare view": sorted([*common, "--out", "--seed", "--tokens"]),
+        "prepare tokenizer": sorted([*common, "--add", "--base", "--out", "--pieces", "--train"]),
         "train": sorted(
             [*settings, "--allow-config-change", "--coordinator", "--help", "--process", "--processes", "--workdir"]
         ),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinyllama_jax.cli import main
 from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe, write_tokenizer_json
 from tinyllama_jax.data.tokenizer_extend import begins_with, extend, extend_pieces
 from tinyllama_jax.errors import ConfigError, DataError
@@ -151,3 +152,45 @@ def test_what_cannot_be_added_is_refused(folder, fast, tmp_path):
         extend(folder, ["<x>"], tmp_path / "out")
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["mine"] and not list(tmp_path.glob(".out*"))
     assert np.array_equal(Tokenizer.load(folder).token_bytes(), Tokenizer.load(fast).token_bytes())
+
+
+def told(capsys, *argv, status: int = 0):
+    assert main(["prepare", "tokenizer", *map(str, argv)]) == status
+    said = capsys.readouterr()
+    return json.loads(said.out) if status == 0 else said.err.strip().splitlines()[-1]
+
+
+def test_words_learned_from_text(folder, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(30):
+        (text / f"{i}.txt").write_text(f"{i} " + CHINESE[i:])
+    words = ["--base", folder, "--train", f"zh={text}", "--add", "<|im_start|>"]
+    value = told(capsys, *words, "--pieces", 60, "--out", tmp_path / "out", "--json")
+    assert (value["base_vocab_size"], value["vocab_size"]) == (400, 461)
+    assert value["control"] == {"<|im_start|>": 460}
+    old, new = Tokenizer.load(folder), Tokenizer.load(tmp_path / "out")
+    assert value["sha256"] == new.sha256
+    assert len(new.encode(CHINESE)) < len(old.encode(CHINESE)) / 3
+    said = told(capsys, *words, "--pieces", 5000, "--out", tmp_path / "more", status=78)
+    assert "pieces can be learned that" in said and "not 5000; ask for fewer or add text" in said
+
+
+def test_the_base_may_be_a_checkpoint(folder, tmp_path, capsys):
+    from tinyllama_jax.train.checkpoint import save_params
+
+    kept = [folder / "tokenizer.model"]
+    path = save_params(tmp_path / "ckpt", {"a": np.zeros(2, np.float32)}, {"step": 0}, tokenizer_files=kept)
+    value = told(capsys, "--base", path, "--add", "<x>", "--out", tmp_path / "out", "--json")
+    assert value["base"] == str(path / "tokenizer") and value["control"] == {"<x>": 400}
+
+
+def test_wrong_words_end_in_one_line(folder, tmp_path, capsys):
+    base, out = ("--base", folder), ("--out", tmp_path / "out")
+    assert "nothing to add" in told(capsys, *base, *out, status=2)
+    assert "need each other" in told(capsys, *base, "--train", tmp_path, *out, status=2)
+    assert "need each other" in told(capsys, *base, "--add", "<x>", "--pieces", "5", *out, status=2)
+    assert "nowhere: no such tokenizer" in told(capsys, "--base", "nowhere", "--add", "<x>", *out, status=78)
+    assert "no complete checkpoint here" in told(capsys, "--base", tmp_path, "--add", "<x>", *out, status=78)
+    assert "no name for a control token" in told(capsys, *base, "--add", "<x> ", *out, status=78)
+    assert list(tmp_path.iterdir()) == []

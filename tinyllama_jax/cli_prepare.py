@@ -5,7 +5,7 @@ from __future__ import annotations
 from tinyllama_jax import verbs_data
 
 # Steps of `prepare`, each with a help of its own: a first argument that is one of them is no source.
-PREPARE_STEPS = ("plan", "run", "finalize", "view")
+PREPARE_STEPS = ("plan", "run", "finalize", "view", "tokenizer")
 
 
 def add_prepare(verb, as_json) -> None:
@@ -56,7 +56,9 @@ def add_prepare(verb, as_json) -> None:
         "  tinyllama prepare run --out DIR --items a:b\n"
         "  tinyllama prepare finalize --out DIR\n"
         "a part of a store, with exactly so many unique tokens:\n"
-        "  tinyllama prepare view STORE --tokens 100M --out DIR",
+        "  tinyllama prepare view STORE --tokens 100M --out DIR\n"
+        "a tokenizer with more words, whose old ids stay:\n"
+        "  tinyllama prepare tokenizer --base DIR --add '<|im_start|>' --out DIR",
     )
     recipe(sub)
     workers(sub)
@@ -107,4 +109,24 @@ def add_prepare(verb, as_json) -> None:
     )
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument("--seed", type=int, default=0, help="which windows (0)")
+    as_json(sub)
+
+    sub = verb(
+        "prepare tokenizer",
+        verbs_data.tokenizer,
+        "a tokenizer with more words: control tokens, or pieces learned from text; the old ids keep their meaning",
+        "tinyllama prepare tokenizer --base runs/base --add '<|im_start|>' --add '<|im_end|>' --out data/chatml\n"
+        "  tinyllama prepare tokenizer --base llama/tokenizer.model --train wiki.zh.jsonl --pieces 8000 --out data/zh",
+    )
+    sub.add_argument(
+        "--base", required=True, metavar="DIR|FILE", help="tokenizer folder or file, or a run or checkpoint with one"
+    )
+    sub.add_argument(
+        "--add", action="append", default=[], metavar="TOKEN", help="control token, which no text yields (repeatable)"
+    )
+    sub.add_argument(
+        "--train", nargs="+", default=[], metavar="SOURCE", help="learn pieces from this text; sources as of prepare"
+    )
+    sub.add_argument("--pieces", type=int, default=0, metavar="N", help="how many; needs --train")
+    sub.add_argument("--out", required=True, metavar="DIR")
     as_json(sub)

@@ -1,4 +1,4 @@
-"""Verbs about data: `prepare` and its steps, `prepare view`, `inspect STORE`."""
+"""Verbs about data: `prepare` and its steps, `prepare view`, `prepare tokenizer`, `inspect STORE`."""
 
 from __future__ import annotations
 
@@ -86,6 +86,36 @@ def view(args: argparse.Namespace) -> None:
         raise UsageError(f"--tokens {' '.join(args.tokens)}: give one number, or DOMAIN=NUMBER once for each domain")
     tokens = budgets[""] if "" in budgets else budgets
     _answer_store(args, make_view(TokenStore.open(args.store), tokens, args.out, seed=args.seed))
+
+
+def tokenizer(args: argparse.Namespace) -> None:
+    if not (args.add or args.train):
+        raise UsageError("nothing to add: give --add TOKEN for control tokens, --train SOURCE --pieces N for text")
+    if args.pieces < 0 or bool(args.train) != bool(args.pieces):
+        raise UsageError("--train SOURCE... and --pieces N, a number above 0, need each other")
+    base = _tokenizer_of(args.base)
+    from tinyllama_jax.data import tokenizer_extend as extension
+    from tinyllama_jax.data.tokenizer import Tokenizer
+
+    out = extension.extend_by(base, args.out, tokens=args.add, sources=args.train, pieces=args.pieces)
+    old, new, controls = Tokenizer.load(base), Tokenizer.load(out), extension.controls(out)
+    value = {"tokenizer": str(out), "base": str(base), "base_vocab_size": old.vocab_size, "vocab_size": new.vocab_size}
+    value |= {"sha256": new.sha256, "control": {token: controls[token] for token in args.add}}
+    lines = [f"{out}: {new.vocab_size:,} words, of which {old.vocab_size:,} are those of {base}, with the same ids"]
+    lines += [f"  {i:>7} {token}" for token, i in value["control"].items()]
+    answer(args, value, lines)
+
+
+def _tokenizer_of(base: str) -> Path:
+    """A tokenizer's folder or file: that one, or the one kept with a checkpoint."""
+    path = Path(base)
+    if path.is_file() or any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        return path
+    if not path.is_dir() and "@" not in base:
+        raise DataError(f"{base}: no such tokenizer; name its folder or file, or a run or checkpoint that has one")
+    from tinyllama_jax.train import saved
+
+    return saved.resolve(base) / "tokenizer"
 
 
 def is_store(path: str) -> bool:

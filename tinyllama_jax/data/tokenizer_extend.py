@@ -48,13 +48,13 @@ def extend(source: str | Path, tokens: Sequence[str], out: str | Path) -> Path:
     token and when `out` exists.
     """
     files, tokenizer = _files(Path(source)), Tokenizer.load(source)
-    controls = _controls(files, tokenizer)
+    known = _controls(files, tokenizer)
     if wrong := [token for token in tokens if not token.strip() or token != token.strip()]:
         raise ConfigError(f"{wrong[0]!r} is no name for a control token: it is empty, or has a space at an end")
-    new = [token for token in dict.fromkeys(tokens) if token not in controls]
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
     if taken := set(new) & set(tokenizer.pieces()):
         raise DataError(f"{source}: {min(taken)!r} is a word of this vocabulary already, and no control token")
-    return _write(files, tokenizer, controls, [(token, 0.0, CONTROL) for token in new], Path(out))
+    return _write(files, tokenizer, known, [(token, 0.0, CONTROL) for token in new], Path(out))
 
 
 def extend_pieces(
@@ -72,6 +72,19 @@ def extend_pieces(
     if not new or len(new) < (count or 0):
         raise DataError(f"{source}: {len(new)} pieces can be added, not {count or 'one'}; ask for fewer or add text")
     return _write(files, tokenizer, _controls(files, tokenizer), new, Path(out))
+
+
+def extend_by(
+    source: str | Path, out: str | Path, *, tokens: Sequence[str] = (), sources: Sequence[str] = (), pieces: int = 0
+) -> Path:
+    """`pieces` pieces that the text of `sources` suggests (`learn`), and behind them control tokens."""
+    if not sources:
+        return extend(source, tokens, out)
+    candidates = learn(sources, source, pieces)
+    if not tokens:
+        return extend_pieces(source, candidates, out, count=pieces)
+    with tempfile.TemporaryDirectory() as folder:
+        return extend(extend_pieces(source, candidates, Path(folder) / "longer", count=pieces), tokens, out)
 
 
 def usable(source: str | Path, candidates: Sequence[str], count: int | None = None) -> list[Piece]:
@@ -154,6 +167,11 @@ def _files(source: Path) -> dict[str, Path]:
     return {name: file for name, file in found.items() if file.is_file()}
 
 
+def controls(source: str | Path) -> dict[str, int]:
+    """The control tokens of a tokenizer's file or folder, by their text."""
+    return _controls(_files(Path(source)), Tokenizer.load(source))
+
+
 def _controls(files: dict[str, Path], tokenizer: Tokenizer) -> dict[str, int]:
     """Control tokens by text.  Raises DataError when the files count them otherwise than one after another."""
     spec, config = (_json(files.get(name)) for name in (JSON_FILE, JSON_CONFIG_FILE))
@@ -174,9 +192,9 @@ def _controls(files: dict[str, Path], tokenizer: Tokenizer) -> dict[str, int]:
     return found
 
 
-def _write(files: dict[str, Path], old: Tokenizer, controls: dict[str, int], new: list[Piece], out: Path) -> Path:
-    """Writes the extended tokenizer, with `controls` that only the files beside the vocabulary knew."""
-    beside = sorted((i, text) for text, i in controls.items() if i >= old.vocab_size)
+def _write(files: dict[str, Path], old: Tokenizer, known: dict[str, int], new: list[Piece], out: Path) -> Path:
+    """Writes the extended tokenizer, with `known` control tokens that only the files beside the vocabulary knew."""
+    beside = sorted((i, text) for text, i in known.items() if i >= old.vocab_size)
     added = [(text, 0.0, CONTROL) for _, text in beside] + new
     first = old.vocab_size
     with new_folder(out) as folder:
