@@ -83,6 +83,7 @@ LORA = (
     "evaluations=3",
     "examples.template=zephyr",
     "examples.loss_on=assistant",
+    'questions=["file name?"]',
 )
 
 

@@ -18,7 +18,7 @@ from tinyllama_jax.distributed import Peers
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.evaluate.loss import Validator, held_out
 from tinyllama_jax.finetune import adapters
-from tinyllama_jax.finetune.preference_validator import PairValidator
+from tinyllama_jax.finetune.pairs import PairValidator
 from tinyllama_jax.generate.chat import Message
 from tinyllama_jax.generate.load import prompt_tokens
 from tinyllama_jax.generate.sample import generate
@@ -33,18 +33,14 @@ class Examiner:
     def __init__(self, run: Run, plan: Plan, store, pipeline: Pipeline, mesh, done: int, workdir: Path, peers: Peers):
         self.run, self.plan, self.tokenizer = run, plan, store.tokenizer()
         asked = run.evaluation
-        self.validator = (PairValidator if run.preference else Validator)(
-            held_out(store, run.data.sequence_tokens + 1, asked.sequences),
-            self.tokenizer.token_bytes(),
-            run.model,
-            run.execution,
-            mesh,
-            batch_sequences=asked.batch_sequences,
-            document_masking=run.data.document_masking,
-            peers=peers,
-            barrier_seconds=run.checkpoint.barrier_seconds,
-            **({"preference": run.preference} if run.preference else {}),
-        )
+        windows = held_out(store, run.data.sequence_tokens + 1, asked.sequences)
+        how = {"batch_sequences": asked.batch_sequences, "peers": peers}
+        how["barrier_seconds"] = run.checkpoint.barrier_seconds
+        if run.preference:
+            self.validator = PairValidator(windows, run.model, run.execution, mesh, run.preference, **how)
+        else:
+            how |= {"document_masking": run.data.document_masking}
+            self.validator = Validator(windows, self.tokenizer.token_bytes(), run.model, run.execution, mesh, **how)
         self.seen, self.seen_after = pipeline.first(asked.seen_sequences) if asked.seen_sequences else ({}, 0)
         marks = store.manifest["document_marks"]
         self.prompts = [prompt_tokens(self.tokenizer, marks, prompt) for prompt in asked.prompts]

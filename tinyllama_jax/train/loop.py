@@ -12,6 +12,7 @@ writes the records.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from tinyllama_jax import attention, mesh_rules
 from tinyllama_jax.config import Run, replace
 from tinyllama_jax.data.durable import write_json
 from tinyllama_jax.data.pipeline import Pipeline
+from tinyllama_jax.data.plan import silent
 from tinyllama_jax.distributed import ALONE, Peers
 from tinyllama_jax.errors import CheckpointError, Preempted
 from tinyllama_jax.finetune.reference import references
@@ -134,7 +136,9 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
             run, plan, store, order, checkpoints, target, mesh, workdir, peers, allow_config_change=allow_config_change
         )
         if run.preference:
-            store = references(run, store, mesh, workdir, peers)
+            first = functools.partial(start.first_params, run, mesh, state, peers)
+            base = based_on["leaves_sha256"]
+            store = references(store, run, first, mesh, workdir, base=base, peers=peers, progress=progress or silent)
             pipeline = Pipeline(store, run.data, plan, run.seed, **placed)
         restore_s = time.monotonic() - restoring if how.startswith("resumed") else 0.0
         if peers.lead:

@@ -25,7 +25,7 @@ from tinyllama_jax.data.store import MANIFEST, TokenStore
 from tinyllama_jax.data.views import make_view
 from tinyllama_jax.distributed import ALONE, Peers
 from tinyllama_jax.errors import CheckpointError, ConfigError, DataError
-from tinyllama_jax.finetune import base
+from tinyllama_jax.finetune import adapters, base
 from tinyllama_jax.finetune import start as beginning
 from tinyllama_jax.finetune.store import ExampleStore
 from tinyllama_jax.generate.adapted import base_identity
@@ -258,6 +258,13 @@ def begin(
     if run.adapter is not None:
         return 0, init(run, mesh) | frozen, f"started with a fresh adapter of {name}", based_on
     return 0, init(run, mesh, beginning.weights(run, mesh, peers)), f"started from {name}", based_on
+
+
+def first_params(run: Run, mesh, state: State, peers: Peers = ALONE):
+    """The parameters that a run with a start begins with, for the model; the state may be of any later step."""
+    if run.adapter is None:
+        return beginning.weights(run, mesh, peers)
+    return adapters.attach(state["frozen"], init(run, mesh)["params"], run.model, run.adapter)
 
 
 def checkpoint_meta(run: Run, store: TokenStore, based_on: dict | None) -> dict:
