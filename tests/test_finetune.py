@@ -54,7 +54,7 @@ def chats(tmp_path_factory) -> Path:
 def pairs(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     words = ["file", "name", "list", "class", "value", "string", "object", "module"]
-    rows = [{"prompt": f"{a} {b}?", "chosen": f"{b}.", "rejected": f"{a}."} for a in words for b in words if a != b]
+    rows = [{"prompt": f"{a} {b}?", "chosen": "list.", "rejected": "object."} for a in words for b in words]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -111,7 +111,8 @@ def test_lora_learns_answers_and_keeps_its_best_step(base, chats, tmp_path, caps
 
 def test_a_run_that_was_cut_off_goes_on_exactly(base, chats, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    settings = (*LORA, "epochs=2", "adapter.dropout=0.1", "checkpoint.temporary_steps=3", "checkpoint.keep_temporary=9")
+    settings = (*LORA, "epochs=2", "adapter.dropout=0.1", "adapter.base_weights=int8")
+    settings += ("checkpoint.temporary_steps=3", "checkpoint.keep_temporary=9")
     assert finetune("experiments.finetune:qlora", base, chats, whole, *settings) == 0
     shutil.copytree(whole, cut)
     steps = sorted(int(path.name) for path in (cut / "checkpoints").iterdir() if path.name.isdigit())

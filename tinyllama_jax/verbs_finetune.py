@@ -24,7 +24,9 @@ def recipe_of(args: argparse.Namespace) -> FineTune:
             recipe = replace(recipe, text=replace(recipe.text, store=args.data[0]))
     else:
         if args.data:
-            recipe = replace(recipe, examples=replace(recipe.examples, sources=tuple(args.data)))
+            # What the recipe holds out belongs to its own data; without --validation a share of this is held out.
+            own = replace(recipe.examples, sources=tuple(args.data), validation_sources=())
+            recipe = replace(recipe, examples=own)
         if args.validation:
             recipe = replace(recipe, examples=replace(recipe.examples, validation_sources=tuple(args.validation)))
     recipe = configio.override(recipe, args.settings)
