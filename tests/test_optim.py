@@ -48,6 +48,19 @@ def stepper(cfg, mesh_shape=()):  # one compilation for each configuration and m
     return step
 
 
+def numpy_rmsprop(cfg, params, gradients, rates):
+    """RMSprop in float64, leaf by leaf, by PyTorch's description; weights decay as AdamW's."""
+    p = [x.astype(np.float64) for x in leaves(params)]
+    v = [np.zeros_like(x) for x in p]
+    for grads, lr in zip(gradients, rates, strict=True):
+        g = [x.astype(np.float64) for x in leaves(grads)]
+        norm = np.sqrt(sum((x**2).sum() for x in g))
+        g = [x * min(1.0, cfg.clip_norm / norm) if cfg.clip_norm else x for x in g]
+        v = [cfg.beta2 * a + (1 - cfg.beta2) * x**2 for a, x in zip(v, g, strict=True)]
+        p = [w - lr * (x / (np.sqrt(a) + cfg.eps) + cfg.weight_decay * w) for w, x, a in zip(p, g, v, strict=True)]
+    return p
+
+
 def numpy_adamw(cfg, params, gradients, rates):
     """AdamW in float64, leaf by leaf, as in its paper."""
     names = ["embedding", "scale", "kernel", "scale"]  # the order of jax.tree.leaves
@@ -89,6 +102,39 @@ def test_matches_adamw_written_by_hand(settings):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
     norm = np.sqrt(sum((x.astype(np.float64) ** 2).sum() for x in leaves(params)))
     assert metrics["param_norm"] == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"weight_decay": 0.0, "clip_norm": 0.0, "beta2": 0.99}, {"eps": 1e-2}])
+def test_matches_rmsprop_written_by_hand(settings):
+    cfg = Optimizer(kind="rmsprop", **settings)
+    start, gradients = tree(0), [tree(i + 1, scale=0.1 if i % 2 else 2.0) for i in range(6)]
+    rates = [0.0, 0.1, 0.2, 0.05, 0.01, 0.3]
+    step, params, state = stepper(cfg), start, optim.init(cfg, start)
+    for grads, lr in zip(gradients, rates, strict=True):
+        params, state, metrics = step(grads, state, params, 1.0, lr)
+    for got, expected in zip(leaves(params), numpy_rmsprop(cfg, start, gradients, rates), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+    assert metrics["skipped"] == 0
+
+
+def test_rmsprop_keeps_one_moment_and_skips_as_adamw_does():
+    cfg, mesh = Optimizer(kind="rmsprop"), mesh_of(2, 4)
+    assert (cfg.moments, Optimizer().moments) == (1, 2)
+    with jax.set_mesh(mesh):
+        params, step = put(tree(0), mesh), stepper(cfg, "rmsprop")
+        state = optim.init(cfg, params)
+        assert state.keys() == {"rmsprop", "guard"}
+        moments = [x for x in jax.tree.leaves(state["rmsprop"]) if x.ndim]
+        assert sum(x.size for x in moments) == sum(x.size for x in jax.tree.leaves(params))
+        assert [x.sharding for x in moments] == [x.sharding for x in jax.tree.leaves(params)]
+        params, state, _ = step(put(tree(1), mesh), state, params, 3.0, 0.1)
+        bad = tree(2)
+        bad["norm"]["scale"][3] = np.nan
+        after, after_state, metrics = step(put(bad, mesh), state, params, 3.0, 0.1)
+        assert identical(after, params) and identical(after_state["rmsprop"], state["rmsprop"])
+        assert metrics["skipped"] == 1 and metrics["consecutive_skips"] == 1
+        later, _, _ = step(put(tree(3), mesh), after_state, after, 3.0, 0.1)
+        assert not identical(later, params)
 
 
 def test_decay_reaches_matrices_only():

@@ -131,7 +131,7 @@ class LearningRate:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW in float32 with decoupled weight decay, and what is minimised besides the loss."""
+    """AdamW or RMSprop in float32 with decoupled weight decay, and what is minimised besides the loss."""
 
     # rmsprop: the gradient over the root of a mean of its squares with beta2, PyTorch's RMSprop; beta1 has no part
     kind: Literal["adamw", "rmsprop"] = "adamw"
@@ -155,6 +155,11 @@ class Optimizer:
             require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
         for name in ("weight_decay", "clip_norm", "z_loss", "skip_sigma"):
             require(getattr(self, name) >= 0, f"optimizer.{name} is negative")
+
+    @property
+    def moments(self) -> int:
+        """Arrays of the state that are as large as the weights."""
+        return 2 if self.kind == "adamw" else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""AdamW with a guard that skips bad steps.  All of it in float32; nothing depends on a hidden step counter
+"""AdamW or RMSprop with a guard that skips bad steps.  All of it in float32; nothing depends on a hidden step counter
 except Adam's bias correction, whose count is part of the state and does not advance on a skipped step.
 """
 
@@ -35,9 +35,15 @@ def make_optimizer(cfg: Optimizer) -> optax.GradientTransformation:
 
     d = m_hat / (sqrt(v_hat) + eps) + weight_decay * params, after clipping to a global L2 norm of clip_norm
     (AdamW, arXiv 1711.05101; the decay is scaled by the rate, as in PyTorch).
+    With kind rmsprop the first term is g / (sqrt(v) + eps) of the mean v = beta2 v + (1 - beta2) g^2, which begins at
+    zero and is not corrected for it: torch.optim.RMSprop with its alpha = beta2, without momentum.  The decay is the
+    same as AdamW's, where PyTorch's RMSprop would add it to the gradient.
     """
     parts = [_clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    parts.append(_scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps))
+    if cfg.kind == "rmsprop":
+        parts.append(_scale_by_rms(cfg.beta2, cfg.eps))
+    else:
+        parts.append(_scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps))
     if cfg.weight_decay:
         parts.append(optax.add_decayed_weights(cfg.weight_decay, decay_mask if cfg.decay == "matrices" else None))
     return optax.chain(*parts)
@@ -80,8 +86,28 @@ def _scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTran
     return optax.GradientTransformationExtraArgs(init, step)
 
 
+def _scale_by_rms(beta2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """Gradients over the root of the mean of their squares, which stays as it is when `update` gets take=False.
+
+    optax.scale_by_rms has no such choice, and eps within the root unless told otherwise.
+    """
+
+    def step(grads, state, params=None, *, take, **_):
+        del params
+        new = optax.tree_utils.tree_update_moment_per_elem_norm(grads, state.nu, beta2, 2)
+        nu = jax.tree.map(lambda n, o: jnp.where(take, n, o), new, state.nu)
+        if device()[0] == CPU:
+            nu = jax.lax.optimization_barrier(nu)  # as Adam's moments
+        direction = jax.tree.map(lambda g, v: g / (jnp.sqrt(v) + eps), grads, nu)
+        return direction, optax.ScaleByRmsState(nu=nu)
+
+    init = lambda params: optax.ScaleByRmsState(nu=optax.tree.zeros_like(params, dtype=jnp.float32))  # noqa: E731
+    return optax.GradientTransformationExtraArgs(init, step)
+
+
 def init(cfg: Optimizer, params: Tree) -> dict[str, Tree]:
-    """State: Adam's moments with the parameters' shardings, and the guard's statistics, replicated.
+    """State: under "adam" (or "rmsprop", which has one) the moments with the parameters' shardings, and the guard's
+    statistics, replicated.
 
     losses, norms: float32 [skip_window_steps] rings of the accepted steps' losses and gradient norms;
     accepted: int32 number of accepted steps; skips: int32 skipped steps since the last accepted one.
@@ -92,15 +118,20 @@ def init(cfg: Optimizer, params: Tree) -> dict[str, Tree]:
         "accepted": jnp.zeros((), jnp.int32),
         "skips": jnp.zeros((), jnp.int32),
     }
-    state = {"adam": make_optimizer(cfg).init(params), "guard": guard}
+    moments = make_optimizer(cfg).init(params)
     if jax.sharding.get_abstract_mesh().empty:
-        return state
+        return {_name(cfg): moments, "guard": guard}
     # What is not shaped like a parameter was made without the mesh; jit refuses to mix the two.
     replicate = lambda x: jax.sharding.reshard(x, P(*[None] * x.ndim))  # noqa: E731
-    adam = optax.tree_utils.tree_map_params(
-        make_optimizer(cfg), lambda x: x, state["adam"], transform_non_params=replicate
+    moments = optax.tree_utils.tree_map_params(
+        make_optimizer(cfg), lambda x: x, moments, transform_non_params=replicate
     )
-    return {"adam": adam, "guard": jax.tree.map(replicate, guard)}
+    return {_name(cfg): moments, "guard": jax.tree.map(replicate, guard)}
+
+
+def _name(cfg: Optimizer) -> str:
+    """Of the moments in the state, and so in checkpoints."""
+    return {"adamw": "adam", "rmsprop": "rmsprop"}[cfg.kind]
 
 
 def update(
@@ -130,7 +161,7 @@ def update(
         take &= ~_spike(loss, guard["losses"], guard["accepted"], cfg.skip_sigma)
         take &= ~_spike(grad_norm, guard["norms"], guard["accepted"], cfg.skip_sigma)
 
-    direction, adam = optimizer.update(grads, opt_state["adam"], params, take=take)
+    direction, moments = optimizer.update(grads, opt_state[_name(cfg)], params, take=take)
     params = jax.tree.map(lambda p, d: jnp.where(take, p - lr * d, p), params, direction)
 
     slot = guard["accepted"] % cfg.skip_window_steps
@@ -146,7 +177,7 @@ def update(
         "skipped": 1.0 - take.astype(jnp.float32),
         "consecutive_skips": guard["skips"].astype(jnp.float32),
     }
-    return params, {"adam": adam, "guard": guard}, metrics
+    return params, {_name(cfg): moments, "guard": guard}, metrics
 
 
 def _spike(value: jax.Array, ring_W: jax.Array, accepted: jax.Array, sigma: float) -> jax.Array:

@@ -111,7 +111,7 @@ def micro_loss(
     preference: Preference,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sums over the pairs of a micro-batch, float32 scalars: the loss, to be differentiated by `params`, and of METRICS.
+    """Sums over a micro-batch's pairs, float32 scalars: of the loss, to be differentiated by `params`, and of METRICS.
 
     micro: tokens, targets, valid, documents [B, T] and reference [B, 2], float32: the answers' log-probabilities with
     the weights at the start.

@@ -169,8 +169,12 @@ def _optimizer(optimizer: dict, lr: dict) -> str:
     ends = f" to {lr['end']:g}" if lr.get("kind") not in ("constant", "piecewise") and "end" in lr else ""
     warmup = f" after {lr['warmup_tokens']:,} tokens of warm-up" if lr.get("warmup_tokens") else ""
     rate = f"{lr.get('kind', '?')} learning rate, {lr.get('peak', math.nan):g}{ends}{warmup}"
-    betas = f"betas {optimizer.get('beta1')}, {optimizer.get('beta2')}, weight decay {optimizer.get('weight_decay')}"
-    return f"AdamW ({betas}, gradients clipped to {optimizer.get('clip_norm')}); {rate}"
+    if optimizer.get("kind") == "rmsprop":
+        kind = f"RMSprop (smoothing {optimizer.get('beta2')}"
+    else:
+        kind = f"AdamW (betas {optimizer.get('beta1')}, {optimizer.get('beta2')}"
+    decay, clip = optimizer.get("weight_decay"), optimizer.get("clip_norm")
+    return f"{kind}, weight decay {decay}, gradients clipped to {clip}); {rate}"
 
 
 def _data(meta: dict, manifest: dict, sources: list[str]) -> str:

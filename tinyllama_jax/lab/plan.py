@@ -15,7 +15,7 @@ from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.terminal import duration
 
-STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in float32
+FLOAT32_BYTES = 4  # of a parameter in a checkpoint, for its weight and each moment
 
 
 def rows(runs: Sequence[Run], targets: Sequence[str] = (), *, price: float | None = None) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def disk_bytes(run: Run, plan: Plan, parameters: int) -> int:
     every = run.checkpoint.permanent_tokens
     kept = len(plan.stages) + len(run.checkpoint.permanent_at_tokens) + (plan.total_tokens // every if every else 0)
     temporary = run.checkpoint.keep_temporary + 1
-    return (kept + temporary) * STATE_BYTES * parameters
+    return (kept + temporary) * FLOAT32_BYTES * (1 + run.optimizer.moments) * parameters
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

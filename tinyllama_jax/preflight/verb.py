@@ -32,7 +32,7 @@ def preflight(
     """(the answer, why it does not fit or None).  Sizes are bytes of one device, micro-batches sequences per device.
 
     bytes_per_device splits the compiler's account of one step, which adds up to `total`:
-      state        weights and both moments of AdamW, donated, as the compiler lays them out
+      state        weights and the optimizer's moments, donated, as the compiler lays them out
       activations  what grows with the sequences of the micro-batch, from two compilations with the same number of
                    micro-batches: the values kept for the backward pass, and the working arrays of the layer at hand
       temporaries  the rest: gradients and their sums, gathered weights, logits of a chunk, tokens, the code
