@@ -126,11 +126,16 @@ def is_store(path: str) -> bool:
 def inspect_store(args: argparse.Namespace) -> None:
     from tinyllama_jax.data.describe import describe
     from tinyllama_jax.data.storage import REMEDY
+    from tinyllama_jax.finetune.store import is_example_store
 
+    how = {"samples": args.samples, "seed": args.seed, "verify": args.verify}
     with Progress() as progress:
-        value, lines = describe(
-            args.what, samples=args.samples, seed=args.seed, verify=args.verify, workers=_cores(), progress=progress
-        )
+        if is_example_store(args.what):
+            from tinyllama_jax.finetune import describe as of_examples
+
+            value, lines = of_examples.describe(args.what, **how, progress=progress)
+        else:
+            value, lines = describe(args.what, **how, workers=_cores(), progress=progress)
     answer(args, value, lines)
     if value.get("findings"):
         raise DataError(f"{args.what}: {len(value['findings'])} things are wrong; {REMEDY}")

@@ -150,7 +150,7 @@ def _lines(value: dict) -> Iterator[str]:
             f"-- {sample['domain']}, window {sample['window']}, document {sample['document']} in it, "
             f"{sample['tokens']} tokens:"
         )
-        yield from _shown(sample["text"])
+        yield from shown(sample["text"])
     if value["samples"]:
         yield ""
 
@@ -196,10 +196,10 @@ def _histogram(title: str, lengths: list[dict]) -> Iterator[str]:
         yield f"  {one['from']:>11,} to {one['to']:>11,} {one['documents']:>13,} {bar}"
 
 
-def _shown(text: str) -> Iterator[str]:
+def shown(text: str, characters: int = SHOWN_CHARACTERS, most_lines: int = SHOWN_LINES) -> Iterator[str]:
     """The beginning of a text, without what a terminal would obey."""
-    lines = text[:SHOWN_CHARACTERS].split("\n")
-    for line in lines[:SHOWN_LINES]:
+    lines = text[:characters].split("\n")
+    for line in lines[:most_lines]:
         yield "   | " + "".join(c if c.isprintable() else "\ufffd" if c != "\t" else "    " for c in line)
-    if len(lines) > SHOWN_LINES or len(text) > SHOWN_CHARACTERS:
+    if len(lines) > most_lines or len(text) > characters:
         yield "   | ..."

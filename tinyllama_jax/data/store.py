@@ -129,6 +129,8 @@ def read_manifest(storage: Storage) -> tuple[dict, str]:
         version, checksum = manifest["format_version"], manifest["checksum"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
+    if manifest.get("kind") == "examples":
+        raise DataError(f"{storage.root}: holds examples for fine-tuning and no running text; name another store")
     if version != FORMAT_VERSION:
         raise DataError(f"{file}: has format version {version}, this program reads {FORMAT_VERSION}; prepare it again")
     found = durable.checksum(manifest)

@@ -153,6 +153,11 @@ class Tokenizer:
         skipped = (self.bos_id, self.eos_id)
         return self._backend.decode([int(i) for i in ids if int(i) not in skipped])
 
+    def decode_further(self, ids: Iterable[int]) -> str:
+        """As `decode`, of ids behind others: a space before the first word is part of the text."""
+        before = self.encode_plain("x")
+        return self.decode([*before, *ids]).removeprefix(self.decode(before))
+
     def pieces(self) -> list[str | None]:
         """What each id is spelled like in the vocabulary's file, by id; None for an id that stands for nothing."""
         return [self._backend.piece(i) for i in range(self.vocab_size)]

@@ -126,7 +126,7 @@ def _turns(value: Any, name: str, role: str, content: str, roles: Mapping[str, s
     for i, turn in enumerate(value):
         if not isinstance(turn, Mapping) or role not in turn or content not in turn:
             raise Malformed(f"{name}[{i}] has no {role} and {content}")
-        if turn[role] not in roles:
+        if not isinstance(turn[role], str) or turn[role] not in roles:
             raise Malformed(f"{name}[{i}]: {role} {str(turn[role])[:40]!r} is none of {', '.join(roles)}")
         turns.append(Message(roles[turn[role]], _string(turn[content], f"{name}[{i}]")))
     return turns

@@ -262,8 +262,8 @@ def _sides(domain: str, spools: dict[tuple[str, str], Spool], examples: Examples
 
 
 def _first(asked: _Asked) -> Example | None:
-    rows = (row for sources in asked.sources.values() for source in sources for row in source.rows())
-    return next((row.example for row in rows if row.example is not None), None)
+    found = (source.first() for sources in asked.sources.values() for source in sources)
+    return next((example for example in found if example is not None), None)
 
 
 def _template(examples: Examples, folder: Path, first: Example | None) -> Template:

@@ -19,6 +19,7 @@ from tinyllama_jax.data.sources import DOMAIN_NAME, below, unknown
 from tinyllama_jax.errors import DataError, UsageError
 from tinyllama_jax.finetune import docstrings
 from tinyllama_jax.finetune.forms import COLUMNS, Example, Malformed, example, form_of
+from tinyllama_jax.generate.templates import Message
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".parquet")
 FORMS = ("auto", *COLUMNS)
@@ -81,6 +82,12 @@ class Source:
                     yield Row(origin, example(record, form, self.columns))
                 except Malformed as error:
                     yield Row(origin, None, str(error))
+
+    def first(self) -> Example | None:
+        """The first example in it, which says what kind all are of."""
+        if self.path is None:
+            return Example((Message("user", "?"), Message("assistant", "!")))  # all parsing would be done twice
+        return next((row.example for row in self.rows() if row.example is not None), None)
 
     def _form(self, record: Mapping, origin: str) -> str:
         """Of the first row that is one; all others must have it too."""
