@@ -97,6 +97,7 @@ def test_the_list_of_options_is_meant():
             [*common, "--allow-code-execution", "--baselines", "--batch-rows", "--corpus", "--dtype", "--every-tokens"]
             + ["--include-path", "--limit", "--out", "--samples", "--seed", "--sequence-tokens", "--sequences"]
             + ["--shots", "--start", "--tasks", "--watch"]
+            + ["--choices", "--depths", "--keys", "--passkey", "--plots", "--positions", "--rope"]
         ),
         "score": sorted([*common, "--dtype", "--tokens"]),
         "generate": sorted(

@@ -9,10 +9,12 @@ def add_evaluate(verb, as_json, dtype) -> None:
     sub = verb(
         "eval",
         verbs_evaluate.evaluate,
-        "loss and bits per byte per domain, or downstream tasks, of a checkpoint or along a run",
+        "loss and bits per byte per domain, downstream tasks, or how well a long context works, of a checkpoint or "
+        "along a run",
         "tinyllama eval runs/demo --corpus notes=~/notes --json\n"
         "  tinyllama eval runs/demo --tasks tinyllama\n"
-        "  tinyllama eval runs/demo --tasks my_task --include-path tasks --every-tokens 1000000000 --watch",
+        "  tinyllama eval runs/demo --tasks my_task --include-path tasks --every-tokens 1000000000 --watch\n"
+        "  tinyllama eval runs/demo --passkey 256,512,1024 --rope as-trained,yarn --plots pictures",
     )
     sub.add_argument("checkpoint", metavar="RUN|CKPT")
     loss = sub.add_argument_group("loss and bits per byte")
@@ -56,6 +58,41 @@ def add_evaluate(verb, as_json, dtype) -> None:
     )
     tasks.add_argument("--out", default="", metavar="FILE", help="write the answer as JSON here too")
     tasks.add_argument("--samples", default="", metavar="FILE.jsonl", help="write every question and answer here")
+
+    longer = sub.add_argument_group("long contexts", "with --corpus and --sequences as above, and --seed of the keys")
+    longer.add_argument(
+        "--passkey",
+        default="",
+        metavar="TOKENS,...",
+        help="in rows of so many tokens: is a number, told once in much filler, said and found likelier than others?",
+    )
+    longer.add_argument(
+        "--positions",
+        default="",
+        metavar="TOKENS,...",
+        help="loss by position in windows of these lengths, on the same text; each must divide the longest",
+    )
+    longer.add_argument(
+        "--rope",
+        default="",
+        metavar="HOW,...",
+        help="beyond the length of training: as-trained, linear, ntk, yarn (those that make sense for the model)",
+    )
+    longer.add_argument(
+        "--depths",
+        default="0,0.25,0.5,0.75,1",
+        metavar="SHARE,...",
+        help="of the filler before the number (0,0.25,0.5,0.75,1)",
+    )
+    longer.add_argument(
+        "--keys", type=int, default=10, metavar="N", help="numbers, the same at each depth and length (10)"
+    )
+    longer.add_argument(
+        "--choices", type=int, default=10, metavar="N", help="how many of them are compared where one is asked for (10)"
+    )
+    longer.add_argument(
+        "--plots", default="", metavar="DIR", help="draw passkey.png or positions.png there; `report` draws them too"
+    )
 
     along = sub.add_argument_group(
         "along a run", "results go to RUN/evaluations; set checkpoint.permanent_tokens so that checkpoints are kept"

@@ -6,16 +6,25 @@ import argparse
 import functools
 from pathlib import Path
 
+from tinyllama_jax import verbs_context
 from tinyllama_jax.config import Mesh
 from tinyllama_jax.errors import UsageError
 from tinyllama_jax.terminal import answer, say
 from tinyllama_jax.train import saved
 from tinyllama_jax.verbs_generate import load_rows
 
-# Options that say something of one kind of evaluation only, with what they are when they are not given.
-LOSS_OPTIONS = {"corpus": [], "sequences": 0, "sequence_tokens": 0, "baselines": False}
-TASK_OPTIONS = {"include_path": [], "shots": None, "limit": 0, "batch_rows": 32, "start": "bos", "seed": 1234}
-TASK_OPTIONS |= {"allow_code_execution": False, "samples": ""}
+# Options that say something of some kinds of evaluation only, with what they are when they are not given.
+LOSS, TASKS, PASSKEY, POSITIONS = KINDS = ("loss", "tasks", "passkey", "positions")
+DEFAULTS = {"corpus": [], "sequences": 0, "sequence_tokens": 0, "baselines": False}
+DEFAULTS |= {"include_path": [], "shots": None, "limit": 0, "batch_rows": 32, "start": "bos", "seed": 1234}
+DEFAULTS |= {"allow_code_execution": False, "samples": ""}
+DEFAULTS |= {"rope": "", "plots": "", "depths": "0,0.25,0.5,0.75,1", "keys": 10, "choices": 10}
+BELONGS = dict.fromkeys(DEFAULTS, (TASKS,))
+BELONGS |= dict.fromkeys(("sequence_tokens", "baselines"), (LOSS,))
+BELONGS |= dict.fromkeys(("corpus", "sequences"), (LOSS, POSITIONS))
+BELONGS |= dict.fromkeys(("rope", "plots"), (PASSKEY, POSITIONS))
+BELONGS |= dict.fromkeys(("depths", "keys", "choices"), (PASSKEY,))
+BELONGS["seed"] = (TASKS, PASSKEY)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -24,7 +33,8 @@ def evaluate(args: argparse.Namespace) -> None:
         _along(args)
         return
     saved.resolve(args.checkpoint)  # before jax is imported
-    if args.tasks:
+    kind = _kind(args)
+    if kind == TASKS:
         value, samples, path = _downstream(args)(args.checkpoint)
         if args.samples:
             from tinyllama_jax.evaluate.harness import write_samples
@@ -32,27 +42,45 @@ def evaluate(args: argparse.Namespace) -> None:
             write_samples(args.samples, samples)
         _keep(args, value, path)
         lines = task_table(value)
-    else:
+    elif kind == LOSS:
         value = _loss(args, args.checkpoint)
         lines = table(value)
+    else:
+        value = verbs_context.measure(args, args.checkpoint)
+        _keep(args, value, Path(value["checkpoint"]))
+        if args.plots:
+            verbs_context.draw(value, args.plots)
+        lines = verbs_context.table(value)
     _answer(args, value, lines)
+
+
+def _kind(args: argparse.Namespace) -> str:
+    return TASKS if args.tasks else verbs_context.section(args) or LOSS
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UsageError for options that do not go together, or make no sense alone."""
-    wrong = LOSS_OPTIONS if args.tasks else TASK_OPTIONS
-    for name, default in wrong.items():
-        if getattr(args, name) != default:
-            option, instead = "--" + name.replace("_", "-"), "not with" if args.tasks else "with"
-            raise UsageError(f"{option} goes {instead} --tasks")
-    for name, least in (("limit", 0), ("every_tokens", 0), ("batch_rows", 1), ("shots", 0)):
+    asked = [f"--{kind}" for kind in KINDS[1:] if getattr(args, kind)]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} are evaluations of their own; ask for one at a time")
+    kind = _kind(args)
+    for name, default in DEFAULTS.items():
+        if kind not in BELONGS[name] and getattr(args, name) != default:
+            option, wants = "--" + name.replace("_", "-"), [f"--{k}" for k in BELONGS[name] if k != LOSS]
+            why = f"goes not with --{kind}" if LOSS in BELONGS[name] else f"goes with {' or '.join(wants)}"
+            raise UsageError(f"{option} {why}")
+    for name, least in (("limit", 0), ("every_tokens", 0), ("batch_rows", 1), ("shots", 0), ("sequences", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if kind in (PASSKEY, POSITIONS):
+        verbs_context.check(args)
     if args.watch and not args.every_tokens:
         raise UsageError("--watch goes with --every-tokens")
     if args.samples and args.every_tokens:
         raise UsageError("--samples is of one checkpoint; leave out --every-tokens")
+    if args.plots and args.every_tokens:
+        raise UsageError("--plots is of one checkpoint; leave out --every-tokens and see `report`")
 
 
 def _loss(args: argparse.Namespace, checkpoint: str) -> dict:
@@ -96,7 +124,7 @@ def _downstream(args: argparse.Namespace):
 def _label(args: argparse.Namespace) -> str:
     from tinyllama_jax.evaluate.records import label
 
-    return label(args.tasks, shots=args.shots, limit=args.limit) if args.tasks else "loss"
+    return label(args.tasks, shots=args.shots, limit=args.limit) if args.tasks else _kind(args)
 
 
 def _keep(args: argparse.Namespace, value: dict, path: Path) -> None:
@@ -117,13 +145,14 @@ def _along(args: argparse.Namespace) -> None:
         run = _downstream(args)
         results = follow(args.checkpoint, _label(args), args.every_tokens, lambda at: run(at)[0], watch=args.watch)
     else:
-        at_mark = functools.partial(_loss, args)
+        at_mark = functools.partial(_loss if _kind(args) == LOSS else verbs_context.measure, args)
         results = follow(args.checkpoint, _label(args), args.every_tokens, at_mark, watch=args.watch)
     value = {"run": args.checkpoint, "every_tokens": args.every_tokens, "evaluations": results}
     lines = [f"{args.checkpoint}: {len(results)} checkpoints, {sum(r['new'] for r in results)} evaluated now"]
     for one in results:
         said = one.get("domains") or one.get("results", {})
         numbers = ", ".join(f"{name} {_short(measured)}" for name, measured in said.items())
+        numbers = numbers or verbs_context.short(one)
         lines.append(f"  step {one['step']:>9,}  {one['tokens']:>18,} tokens  {numbers}")
     _answer(args, value, lines)
 

@@ -10,12 +10,13 @@ it need not have been prepared with long windows.  A long window runs across doc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from tinyllama_jax.attention.choice import Call, choose
 from tinyllama_jax.config import Execution, Model, Run, replace
 from tinyllama_jax.data.pipeline import valid_targets
 from tinyllama_jax.data.store import TokenStore, Windows
@@ -78,37 +79,73 @@ def cut(windows: Windows, length: int) -> Windows:
     )
 
 
+def execution(model: Model, tokens: int, masking: bool = False) -> Execution:
+    """How rows of so many tokens are computed without an array of tokens times tokens: what `auto` takes on these
+    devices, but for the implementations that make one, in whose place are plain blocks of queries."""
+    name, _ = choose("auto", Call(model.head_dim, model.compute_dtype, tokens, ranges=masking))
+    return Execution(attention="blocks" if name in ("xla", "reference") else name)
+
+
 def measure(
     params: Any, run: Run, model: Model, mesh: jax.sharding.Mesh, windows: HeldOut
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """`at_lengths` of what the run's evaluation asks for, and of the training length.
+
+    windows: from `text`.  model: the one that is computed with, in its dtype.
+    """
+    trained, evaluation = run.data.sequence_tokens, run.evaluation
+    lengths = sorted({trained, *evaluation.beyond_tokens})
+    masking = run.data.document_masking
+    return at_lengths(
+        params, model, mesh, windows, trained=trained, lengths=lengths, ropes=evaluation.beyond_ropes, masking=masking
+    )
+
+
+def at_lengths(
+    params: Any,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    windows: HeldOut,
+    *,
+    trained: int,
+    lengths: Sequence[int],
+    ropes: Sequence[str] = (),
+    masking: bool = False,
+    done: Callable[[str, int, float], object] = lambda rope, length, loss: None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """{rope: {length: {loss, loss_se, by_position, domains: {name: {loss, loss_se, by_position}}}}}.
 
     loss: nats per token, mean over domains.  loss_se: standard error over the windows of the longest length, the same
     pieces of text at every length.  by_position: loss in each of BINS equal parts of the window, its mean where every
-    part has as many tokens.  At the training length all treatments are one, and it is there as-trained only.
-    windows: from `text`.  model: the one that is computed with, in its dtype.
+    part has as many tokens.
+    trained: the length of training, up to which all treatments are one, and stand as as-trained only.
+    lengths: each divides the longest, which is that of the windows less the one token that is not predicted.
+    ropes: as for `suitable`.  masking: documents are hidden from each other.
+    done: is told of each rope and length with its loss.
     """
-    trained = run.data.sequence_tokens
-    lengths = sorted({trained, *run.evaluation.beyond_tokens})
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for rope in suitable(model, run.evaluation.beyond_ropes)[0]:
-        found[rope] = {}
-        for length in lengths:
-            if rope != "as-trained" and length == trained and len(lengths) > 1:
-                continue
-            at = stretched(model, rope, trained, length)
-            domains = {
-                name: _loss(params, at, mesh, text, length, run.data.document_masking) for name, text in windows.items()
-            }
-            found[rope][str(length)] = _mean(list(domains.values())) | {"domains": domains}
+    for rope, length in treatments(model, ropes, trained, lengths):
+        at = stretched(model, rope, trained, length)
+        domains = {name: _loss(params, at, mesh, text, length, masking) for name, text in windows.items()}
+        mean = _mean(list(domains.values()))
+        found.setdefault(rope, {})[str(length)] = mean | {"domains": domains}
+        done(rope, length, mean["loss"])
     return found
+
+
+def treatments(model: Model, ropes: Sequence[str], trained: int, lengths: Sequence[int]) -> list[tuple[str, int]]:
+    """(rope, length) of everything that can differ: up to the length of training all treatments are as-trained."""
+    asked, lengths = suitable(model, ropes)[0], sorted(set(lengths))
+    differ = any(length > trained for length in lengths)
+    return [(r, n) for r in asked for n in lengths if r == "as-trained" or n > trained or not differ]
 
 
 def _loss(params: Any, model: Model, mesh: jax.sharding.Mesh, text: Windows, length: int, masking: bool) -> dict:
     pieces = cut(text, length)
     rows = max(1, TOKENS_AT_A_TIME // length) * mesh.shape["replica"] * mesh.shape["data"]
     documents = pieces.documents_NT if masking else None
-    nll_NT = score(params, model, Execution(), mesh, pieces.tokens_NT, rows=rows, documents_BT=documents)
+    how = execution(model, length, masking)
+    nll_NT = score(params, model, how, mesh, pieces.tokens_NT, rows=rows, documents_BT=documents)
     valid_NT = valid_targets(pieces, masking)
     nll_NT = np.where(valid_NT, nll_NT, 0.0).astype(np.float64)
     whole = len(text.tokens_NT)

@@ -51,7 +51,7 @@ def measure(
             raise ConfigError(f"windows of {length} tokens exceed the model's context of {loaded.model.context_tokens}")
         if baselines and (run is None or corpus):
             raise ConfigError("--baselines needs a run and its own store: they are fitted on what the run saw")
-        windows, store = _windows(checkpoint, loaded, run, corpus, length + 1, sequences)
+        windows, store = held_out_windows(checkpoint, loaded, run, corpus, length + 1, sequences)
         token_bytes_V = loaded.tokenizer().token_bytes()
         validator = Validator(
             windows,
@@ -80,9 +80,13 @@ def measure(
     return value
 
 
-def _windows(
+def held_out_windows(
     checkpoint: str, loaded: Loaded, run: Run | None, corpus: Sequence[str], window_tokens: int, sequences: int
 ) -> tuple[HeldOut, TokenStore | None]:
+    """Windows of `corpus`, text sources or token stores; without one the run's own held-out text, and its store.
+
+    Raises ConfigError and DataError as `measure` does.
+    """
     if not corpus:
         if run is None:
             raise ConfigError(f"{checkpoint} is not a run and has no text of its own; name some with --corpus")

@@ -52,6 +52,16 @@ CAPTIONS = {
         "Each step thin, running mean thick. Steps that compile or save are slower.",
     ),
     "evaluations": ("Downstream", "By lm-evaluation-harness; the metric of each task is in the table below."),
+    "positions": (
+        "Long windows, by position",
+        "Held-out loss in sixteenths of the window, the same text at every length, from <code>eval --positions</code>; "
+        "linear, ntk and yarn turn the positions of the trained weights. A rise behind the dashed line is what fails.",
+    ),
+    "passkey": (
+        "Passkey retrieval",
+        "A number told once in filler, asked for at the end of the row, from <code>eval --passkey</code>. Depth: the "
+        "share of the filler before it. Said: the likeliest tokens are the number's digits and no digit more.",
+    ),
 }
 
 PAGE = Template("""<!DOCTYPE html>

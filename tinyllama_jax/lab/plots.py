@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from tinyllama_jax.lab import context_plots
 from tinyllama_jax.lab.draw import (
     GREY,
     INK,
@@ -52,6 +53,8 @@ def figures(run: Run, compare: Sequence[Run] = ()) -> dict[str, Figure]:
         "norms": lambda: norms_figure(run),
         "throughput": lambda: throughput_figure(run),
         "evaluations": lambda: evaluations_figure(run),
+        "positions": lambda: context_plots.of_run(run, "positions"),
+        "passkey": lambda: context_plots.of_run(run, "passkey"),
     }
     with matplotlib.rc_context(STYLE):
         made = {name: make() for name, make in makers.items()}
