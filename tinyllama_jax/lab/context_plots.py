@@ -103,7 +103,7 @@ def passkey_figure(found: Found, trained: int, choices: int) -> Figure:
 
 
 def _heat(axes, values: np.ndarray, highest: float, scale: float, digits: int) -> None:
-    """A map from 0 to `highest`, with the numbers, `scale` times as large, while there is room; a dash for no number."""
+    """A map from 0 to `highest`, with its numbers times `scale` while there is room, and a dash where there is none."""
     axes.imshow(np.ma.masked_invalid(values), cmap=SHARES, vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
     if values.shape[1] > MOST_NUMBERS:
         return
