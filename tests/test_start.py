@@ -1,6 +1,7 @@
 """A run that begins with a checkpoint's weights: what may differ, what new words get, and what is refused."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from store_cases import flip
 from tinyllama_jax import configio
 from tinyllama_jax.config import Mesh, Model, Rope, Start, replace
 from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe
+from tinyllama_jax.data.tokenizer_extend import extend
 from tinyllama_jax.errors import CheckpointError, ConfigError, DataError
 from tinyllama_jax.finetune import start
 from tinyllama_jax.model import transformer
@@ -97,6 +99,29 @@ def test_words_that_the_mesh_does_not_divide(base, tmp_path):
     assert "head" not in found
     np.testing.assert_array_equal(np.asarray(found["embed"]["embedding"])[:301], params["embed"]["embedding"])
     start.check(run_of(path, tied_embeddings=True, vocab_size=302), Tokenizer.load(base[0] / "tokenizer"))  # none there
+
+
+def test_a_model_with_more_words_goes_to_hugging_face(base, tmp_path):
+    """Vocabulary extended, weights begun with, exported: rows and tokenizer agree in number."""
+    from safetensors.numpy import load_file
+
+    from tinyllama_jax.interop.hf import write_hf
+
+    path, old = base
+    longer = extend(path / "tokenizer", ["<|im_start|>", "<|im_end|>"], tmp_path / "longer")
+    tokenizer = Tokenizer.load(longer)
+    run = run_of(path, vocab_size=tokenizer.vocab_size)
+    start.check(run, tokenizer)
+    params = jax.device_get(weights(run, Mesh(replica=8, data=1)))
+    out = write_hf(params, run.model, tmp_path / "hf", tokenizer_files=list(longer.iterdir()))
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 302
+    tensors = load_file(out / "model.safetensors")
+    rows, columns = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    assert rows.shape == columns.shape == (302, 32)
+    np.testing.assert_allclose(rows[301], old["embed"]["embedding"].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(columns[301], old["head"]["kernel"].mean(1), rtol=1e-5)
+    added = json.loads((out / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert added["301"]["content"] == "<|im_end|>" and Tokenizer.load(out).vocab_size == 302
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ _SKIPPED_FOLDERS = re.compile(
     r"__pycache__|site-packages|dist-packages|tests?|idle_test|_bundled|config-.*|lib-dynload|encodings"
 )
 
+PROSE, CODE = {"domain": "prose"}, {"domain": "code"}  # for filters: --filter keep:domain=prose
+
 
 def library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
@@ -43,14 +45,16 @@ def python_documents() -> tuple[Document, ...]:
         source = _python_source(file)
         tree = ast.parse(source)
         if origin.startswith("pydoc_data/"):
-            prose += [Document("prose", topic, f"{origin}:{name}") for name, topic in _string_entries(tree)]
+            prose += [
+                Document("prose", topic, f"{origin}:{name}", fields=PROSE) for name, topic in _string_entries(tree)
+            ]
             continue
         docstrings = docstrings_of(tree)
         if docstrings:
-            prose.append(Document("prose", "\n\n".join(docstrings) + "\n", origin))
+            prose.append(Document("prose", "\n\n".join(docstrings) + "\n", origin, fields=PROSE))
         program = without_docstrings(source, tree).lstrip("\n")
         if program.strip():
-            code.append(Document("code", program, origin))
+            code.append(Document("code", program, origin, fields=CODE))
     if not code or not prose:
         raise DataError(f"{root}: this Python carries no sources of its standard library; name a folder of text")
     return tuple(prose + code)

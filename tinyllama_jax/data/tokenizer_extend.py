@@ -1,8 +1,9 @@
 """Longer vocabularies: every old id keeps its meaning, and new ones follow.
 
 Control tokens, such as those of a chat template, never come out of a text.  Pieces of another language or domain do:
-they make texts shorter, in the ids of old pieces as well.  Such pieces are merged after all old ones (their scores lie
-below), where Chinese LLaMA (arXiv 2304.08177) appended them the same way.
+they make its texts shorter, as Chinese LLaMA's did (arXiv 2304.08177).  They are merged after all old pieces, for their
+scores lie below (programs that followed that paper commonly score them 0, before all old ones): a text in which none of
+them occurs has the ids that it had.
 """
 
 from __future__ import annotations
