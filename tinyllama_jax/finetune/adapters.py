@@ -8,6 +8,10 @@ float32, stacked over layers as the base is:
                 "mlp": {"gate": {"a": [L, D, r], "b": [L, r, F]}, ...}},
      "head": {"kernel": {"a": [D, r], "b": [r, V]}}}                  only of the matrices that are adapted
 
+Prefix tuning (arXiv 2101.00190) trains keys and values before every row (model/prefix.py), and no matrix:
+
+    {"layers": {"prefix": {"key": [L, P, G, K], "value": [L, P, G, K]}}}
+
 Everything here that computes runs under `jax.set_mesh`.
 """
 
@@ -40,6 +44,7 @@ Path = tuple[str, ...]
 PATHS: dict[str, Path] = {
     name: ("head", "kernel") if name == "head" else ("layers", *name.split(".")) for name in TARGETS
 }
+PREFIX_STDDEV = 0.02
 
 
 def matches(adapter: Adapter) -> tuple[str, ...]:
@@ -57,12 +62,12 @@ def scale(adapter: Adapter) -> float:
 
 
 def adapted(model: Model, adapter: Adapter) -> dict[Path, str]:
-    """Path -> name of the adapted matrices.
+    """Path -> name of the adapted matrices; of a prefix none.
 
-    Raises ConfigError when the model has no such matrix of its own, or the method is none of matrices.
+    Raises ConfigError for a pattern that matches none, or the head of a model without one of its own.
     """
-    if adapter.method != "lora":
-        raise ConfigError(f"adapter.method={adapter.method} adapts no matrices")
+    if adapter.method == "prefix":
+        return {}
     names = matches(adapter)
     if model.tied_embeddings and "head" in names:
         raise ConfigError("adapter.targets: the head is the embedding (model.tied_embeddings); leave `head` out")
@@ -76,15 +81,21 @@ def axes(model: Model, adapter: Adapter) -> Tree:
         stack, inputs, outputs = _split(path, weights.AXES[path])
         return {"a": (*stack, *inputs, "rank"), "b": (*stack, "rank", *outputs)}
 
+    if adapter.method == "prefix":
+        return {"layers": {"prefix": dict.fromkeys(("key", "value"), ("layers", "prefix", "kv_heads", "head_dim"))}}
     return _tree({path: both(path) for path in adapted(model, adapter)})
 
 
 def init(model: Model, adapter: Adapter, key: jax.Array) -> Tree:
-    """Fresh float32 weights: A ~ U(-1/sqrt(inputs), 1/sqrt(inputs)), B = 0.
+    """Fresh float32 weights: A ~ U(-1/sqrt(inputs), 1/sqrt(inputs)), B = 0; a prefix ~ N(0, 0.02).
 
     That is PyTorch's kaiming_uniform with a = sqrt(5), which PEFT draws A from.  A matrix starts the same whichever
-    others are adapted.
+    others are adapted.  PEFT's prefix ~ N(0, 1) would begin farther from the model's own answers.
     """
+    if adapter.method == "prefix":
+        shape = (model.layers, adapter.prefix_tokens, model.kv_heads, model.head_dim)
+        draw = lambda i: PREFIX_STDDEV * jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)  # noqa: E731
+        return {"layers": {"prefix": {"key": draw(0), "value": draw(1)}}}
     shapes = weights.shapes(model)
 
     def both(path: Path, name: str) -> dict[str, jax.Array]:
@@ -100,7 +111,7 @@ def init(model: Model, adapter: Adapter, key: jax.Array) -> Tree:
 
 
 def shardings(model: Model, adapter: Adapter, mesh: Mesh) -> Tree:
-    """Where every trained weight lies on `mesh`, by sharding.TABLE; the rank is never split."""
+    """Where every trained weight lies on `mesh`, by sharding.TABLE; neither rank nor prefix is split."""
     shapes = jax.eval_shape(lambda: init(model, adapter, jax.random.key(0)))
     of = lambda names, s: NamedSharding(mesh, sharding.partition(names, s.shape, dict(mesh.shape)))  # noqa: E731
     return jax.tree.map(of, axes(model, adapter), shapes, is_leaf=lambda x: isinstance(x, tuple))
@@ -138,9 +149,8 @@ def freeze_leaf(path: Path, leaf: jax.Array, model: Model, base_weights: str) ->
             spec = list(jax.typeof(leaf).sharding.spec)
             spec[axis] = None
             leaf = reshard(leaf, P(*spec))
-    # Scales of QLoRA's float32 lose nothing to rounding: what is rounded with them is rounded to the scale as stored.
-    stored = quantized.quantize(leaf.astype(model.compute_dtype), base_weights, quantized.INPUTS[name], ".".join(path))
-    return stored
+    inputs = quantized.INPUTS[name]
+    return quantized.quantize(leaf, base_weights, inputs, ".".join(path), scale_dtype=model.compute_dtype)
 
 
 def attach(frozen: Tree, trained: Tree, model: Model, adapter: Adapter, key: jax.Array | None = None) -> Tree:
@@ -163,11 +173,16 @@ def attach(frozen: Tree, trained: Tree, model: Model, adapter: Adapter, key: jax
             own = jax.random.split(own, model.layers) if path[0] == "layers" else own
         return LowRank(base, weight["a"], weight["b"], own, scale(adapter), adapter.dropout)
 
-    return _map(one, frozen)
+    return _with_prefix(_map(one, frozen), trained)
+
+
+def _with_prefix(params: Tree, trained: Tree) -> Tree:
+    prefix = {name: part for name, part in trained.get("layers", {}).items() if name == "prefix"}
+    return params | {"layers": params["layers"] | prefix} if prefix else params
 
 
 def merge(base: Tree, trained: Tree, model: Model, adapter: Adapter) -> Tree:
-    """Float32 parameters of an ordinary model, W + scale A B, sharded as the base is.
+    """Float32 parameters of an ordinary model, W + scale A B, sharded as the base is; a prefix stays beside them.
 
     base: of `freeze`, or of transformer.py.
     """
@@ -182,7 +197,7 @@ def merge(base: Tree, trained: Tree, model: Model, adapter: Adapter) -> Tree:
         dims = (((a.ndim - 1,), (stack,)), ((0,) * stack, (0,) * stack))
         return w + scale(adapter) * jax.lax.dot_general(a, b, dims, out_sharding=jax.typeof(w).sharding)
 
-    return _map(one, base)
+    return _with_prefix(_map(one, base), trained)
 
 
 def _split(path: Path, of: tuple) -> tuple[tuple, tuple, tuple]:

@@ -8,6 +8,11 @@
 
 For generating a layer's matrices and the head are stored so (`serving`), for QLoRA the layers' matrices.  Norm scales
 are small and the embedding is read one row a token: both stay as they are, and with tied embeddings so does the head.
+
+The library qwix has such arrays too.  Measured with its 0.1.8: its nf4 can be neither quantised nor dequantised on a
+mesh with Explicit axes (codebooks are searched after a reshape across shards: ShardingTypeError), and its int4 is
+symmetric, with an error on normal weights a tenth above Q4_0's.  So it is the referee (tests/test_parity_lora.py): its
+codes and values for nf4 are these.
 """
 
 from __future__ import annotations
@@ -88,18 +93,25 @@ def serving(params: dict[str, Any], cfg: Model, weights: Literal["dtype", "int8"
     return jax.tree_util.tree_map_with_path(smaller, params)
 
 
-def quantize(weight: jax.Array, bits: Bits, inputs: tuple[int, ...], name: str = "a matrix") -> Quantized:
-    """`weight` in so many bits, with scales in its dtype.  inputs: the axes that are summed over, all of one sign.
+def quantize(
+    weight: jax.Array,
+    bits: Bits,
+    inputs: tuple[int, ...],
+    name: str = "a matrix",
+    scale_dtype: jax.typing.DTypeLike | None = None,
+) -> Quantized:
+    """`weight` in so many bits.  inputs: the axes that are summed over, all of one sign.
 
-    A mesh axis that splits the last of them must divide its number of groups.  Raises ConfigError when groups do not
-    divide that axis.
+    scale_dtype: of the scales; None: the weight's.  Codes are found with the scales as they are stored.
+    A mesh axis that splits the last of the inputs must divide its number of groups.  Raises ConfigError when groups do
+    not divide that axis.
     """
     inputs = tuple(axis % weight.ndim - weight.ndim for axis in inputs)
     axis = inputs[-1]
     w = weight.astype(jnp.float32)
     if bits == "int8":
         scale = jnp.max(jnp.abs(w), axis=inputs, keepdims=True) / 127
-        scale = jnp.where(scale == 0, 1, scale).astype(weight.dtype)
+        scale = jnp.where(scale == 0, 1, scale).astype(scale_dtype or weight.dtype)
         codes = jnp.round(w / scale.astype(jnp.float32))
         return Quantized(jnp.clip(codes, -127, 127).astype(jnp.int8), scale, bits, axis)
     if weight.shape[axis] % GROUPS[bits]:
@@ -112,7 +124,7 @@ def quantize(weight: jax.Array, bits: Bits, inputs: tuple[int, ...], name: str =
         largest = jnp.take_along_axis(w, jnp.argmax(jnp.abs(w), axis=axis, keepdims=True), axis) / -8
     else:
         largest = jnp.max(jnp.abs(w), axis=axis, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest).astype(weight.dtype)
+    scale = jnp.where(largest == 0, 1, largest).astype(scale_dtype or weight.dtype)
     w /= scale.astype(jnp.float32)
     if bits == "int4":
         codes = jnp.clip(jnp.round(w) + 8, 0, 15).astype(jnp.uint8)
