@@ -104,7 +104,7 @@ def test_an_adapter_that_peft_saved_is_imported(config, dtype, tmp_path):
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(plain, config())
     with torch.no_grad():
-        for name, weight in wrapped.named_parameters():
+        for weight in wrapped.parameters():
             if weight.requires_grad:
                 weight.copy_(torch.randn_like(weight).mul_(0.3).to(dtype))
     wrapped.save_pretrained(tmp_path / "adapter")

@@ -133,7 +133,7 @@ def test_tensors_that_do_not_fit_are_refused(folder):
 
 
 def test_damaged_files_end_in_one_line_or_in_an_adapter(folder):
-    """Cut off anywhere, or with bytes that are others: refused in one line; what is read is finite and of its shapes."""
+    """Cut off anywhere, or with other bytes: refused in one line; what is read is finite and of its shapes."""
     rng, refused = np.random.default_rng(0), 0
     for name in (CONFIG, WEIGHTS):
         whole = (folder / name).read_bytes()
@@ -186,18 +186,23 @@ def test_a_checkpoint_of_adapters_is_the_merged_model_to_every_verb(base, tuned,
         assert_same_bits(params, jax.tree.map(np.asarray, load(str(tmp_path / "merged"), one_device()).params))
     refusal(ConfigError, lambda: merge(str(tuned), tmp_path / "merged"), "exists already")
     refusal(ConfigError, lambda: merge(str(base), tmp_path / "again"), "holds a whole model")
+    np.save(tmp_path / "ids.npy", np.arange(40, dtype=np.int32).reshape(2, 20))
+    tokens = ["--tokens", tmp_path / "ids.npy", "--dtype", "float32", "--json"]
+    scored = [json.loads(ended(capsys, "score", which, *tokens)[1])["nll"] for which in (tuned, tmp_path / "merged")]
+    assert scored[0] == scored[1] and np.isfinite(scored[0]).all()
+
+
+def test_adapters_generate(base, tuned, tmp_path, capsys):
+    prefix = checkpoint(tmp_path / "prefix", base, ADAPTERS["prefix"])
+    how = ["--prompt", "the quick", "--max-new-tokens", 4, "--temperature", 0, "--dtype", "float32", "--json"]
     answers = []
-    for which in (tuned, tmp_path / "merged"):
-        words = ["--prompt", "the fox", "--max-new-tokens", 6, "--temperature", 0, "--dtype", "float32", "--json"]
-        status, said, err = ended(capsys, "generate", which, *words)
+    for which in (base, tuned, prefix):
+        status, said, err = ended(capsys, "generate", which, *how)
         assert status == 0, err
-        answers.append(json.loads(said))
-        status, said, err = ended(capsys, "score", which, "--text", "the quick fox", "--dtype", "float32", "--json")
-        assert status == 0, err
-        answers.append(json.loads(said))
-    assert [a.get("completions", a.get("logprob")) for a in answers[:2]] == [
-        a.get("completions", a.get("logprob")) for a in answers[2:]
-    ]
+        answers.append(tuple(json.loads(said)["tokens"][0]))
+    assert len(set(answers)) == 3
+    status, _, err = ended(capsys, "generate", prefix, *how, "--slide")
+    assert status == 78 and "--slide" in err
 
 
 def test_a_quantised_base_is_merged_as_it_was_trained_with(base, tmp_path):

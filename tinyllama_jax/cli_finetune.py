@@ -28,7 +28,9 @@ def add_finetune(verb, settings, as_json, several) -> None:
         help="examples: jsonl, json, parquet, folders, as [NAME=]PATH[?form=FORM], or docstrings (repeatable); of a "
         "recipe for text its token store",
     )
-    sub.add_argument("--validation", action="append", default=[], metavar="FILE", help="examples to hold out (a share of --data)")
+    sub.add_argument(
+        "--validation", action="append", default=[], metavar="FILE", help="examples to hold out (a share of --data)"
+    )
     sub.add_argument("--workdir", required=True, metavar="DIR", help="the run directory; resumes what it holds")
     sub.add_argument(
         "--allow-config-change",

@@ -8,10 +8,7 @@ float32, stacked over layers as the base is:
                 "mlp": {"gate": {"a": [L, D, r], "b": [L, r, F]}, ...}},
      "head": {"kernel": {"a": [D, r], "b": [r, V]}}}                  only of the matrices that are adapted
 
-Prefix tuning (arXiv 2101.00190) trains keys and values before every row (model/prefix.py), and no matrix:
-
-    {"layers": {"prefix": {"key": [L, P, G, K], "value": [L, P, G, K]}}}
-
+Of a prefix (model/prefix.py): {"layers": {"prefix": {"key" and "value" [L, P, G, K]}}}.
 Everything here that computes runs under `jax.set_mesh`.
 """
 
@@ -33,6 +30,7 @@ from tinyllama_jax.config import Adapter, Model
 from tinyllama_jax.config_finetune import TARGETS
 from tinyllama_jax.configio import nearest
 from tinyllama_jax.errors import ConfigError
+from tinyllama_jax.finetune import prefixes
 from tinyllama_jax.model import quantized
 from tinyllama_jax.model.lowrank import Frozen, LowRank
 from tinyllama_jax.model.quantized import Quantized
@@ -44,7 +42,6 @@ Path = tuple[str, ...]
 PATHS: dict[str, Path] = {
     name: ("head", "kernel") if name == "head" else ("layers", *name.split(".")) for name in TARGETS
 }
-PREFIX_STDDEV = 0.02
 
 
 def matches(adapter: Adapter) -> tuple[str, ...]:
@@ -62,9 +59,9 @@ def scale(adapter: Adapter) -> float:
 
 
 def adapted(model: Model, adapter: Adapter) -> dict[Path, str]:
-    """Path -> name of the adapted matrices; of a prefix none.
+    """Path -> name of the adapted matrices; none with a prefix.
 
-    Raises ConfigError for a pattern that matches none, or the head of a model without one of its own.
+    Raises ConfigError when the model has no such matrix of its own.
     """
     if adapter.method == "prefix":
         return {}
@@ -76,13 +73,13 @@ def adapted(model: Model, adapter: Adapter) -> dict[Path, str]:
 
 def axes(model: Model, adapter: Adapter) -> Tree:
     """Logical axes of every trained weight, in the tree of `init`."""
+    if adapter.method == "prefix":
+        return prefixes.axes()
 
     def both(path: Path) -> dict[str, tuple[str, ...]]:
         stack, inputs, outputs = _split(path, weights.AXES[path])
         return {"a": (*stack, *inputs, "rank"), "b": (*stack, "rank", *outputs)}
 
-    if adapter.method == "prefix":
-        return {"layers": {"prefix": dict.fromkeys(("key", "value"), ("layers", "prefix", "kv_heads", "head_dim"))}}
     return _tree({path: both(path) for path in adapted(model, adapter)})
 
 
@@ -93,9 +90,7 @@ def init(model: Model, adapter: Adapter, key: jax.Array) -> Tree:
     others are adapted.  PEFT's prefix ~ N(0, 1) would begin farther from the model's own answers.
     """
     if adapter.method == "prefix":
-        shape = (model.layers, adapter.prefix_tokens, model.kv_heads, model.head_dim)
-        draw = lambda i: PREFIX_STDDEV * jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)  # noqa: E731
-        return {"layers": {"prefix": {"key": draw(0), "value": draw(1)}}}
+        return prefixes.init(model, adapter, key)
     shapes = weights.shapes(model)
 
     def both(path: Path, name: str) -> dict[str, jax.Array]:
@@ -173,16 +168,12 @@ def attach(frozen: Tree, trained: Tree, model: Model, adapter: Adapter, key: jax
             own = jax.random.split(own, model.layers) if path[0] == "layers" else own
         return LowRank(base, weight["a"], weight["b"], own, scale(adapter), adapter.dropout)
 
-    return _with_prefix(_map(one, frozen), trained)
-
-
-def _with_prefix(params: Tree, trained: Tree) -> Tree:
-    prefix = {name: part for name, part in trained.get("layers", {}).items() if name == "prefix"}
-    return params | {"layers": params["layers"] | prefix} if prefix else params
+    params = _map(one, frozen)
+    return prefixes.beside(params, trained) if adapter.method == "prefix" else params
 
 
 def merge(base: Tree, trained: Tree, model: Model, adapter: Adapter) -> Tree:
-    """Float32 parameters of an ordinary model, W + scale A B, sharded as the base is; a prefix stays beside them.
+    """Float32 parameters of an ordinary model, W + scale A B, sharded as the base is.  A prefix stays beside them.
 
     base: of `freeze`, or of transformer.py.
     """
@@ -197,7 +188,8 @@ def merge(base: Tree, trained: Tree, model: Model, adapter: Adapter) -> Tree:
         dims = (((a.ndim - 1,), (stack,)), ((0,) * stack, (0,) * stack))
         return w + scale(adapter) * jax.lax.dot_general(a, b, dims, out_sharding=jax.typeof(w).sharding)
 
-    return _with_prefix(_map(one, base), trained)
+    params = _map(one, base)
+    return prefixes.beside(params, trained) if adapter.method == "prefix" else params
 
 
 def _split(path: Path, of: tuple) -> tuple[tuple, tuple, tuple]:

@@ -49,13 +49,25 @@ def run_of(path: Path, meta: dict) -> Run:
 def together(path: Path, meta: dict, trained: Any, mesh: Mesh) -> Any:
     """float32 parameters of the base with the adapters `trained` in it, laid out on `mesh`.
 
+    The base is rounded as training had it while it is merged, in place.
     Call under `jax.set_mesh(mesh)`.  Raises CheckpointError as `run_of`.
     """
-    from tinyllama_jax.finetune import adapters
-    from tinyllama_jax.finetune.base import frozen
+    import jax
+
+    from tinyllama_jax.finetune import adapters, prefixes, start
+    from tinyllama_jax.model import prefix
 
     run = run_of(path, meta)
-    return adapters.merge(frozen(run, mesh), trained, run.model, run.adapter)
+    params = start.weights(run, mesh)
+
+    def merged(params: Any, trained: Any) -> Any:
+        frozen = adapters.freeze(params, run.model, run.adapter.base_weights)
+        both = adapters.merge(frozen, trained, run.model, run.adapter)
+        return both | {"layers": prefix.split(both["layers"])[0]}
+
+    laid_out = jax.tree.map(lambda leaf: leaf.sharding, params)
+    params = jax.jit(merged, donate_argnums=0, out_shardings=laid_out)(params, trained)
+    return prefixes.beside(params, trained) if run.adapter.method == "prefix" else params
 
 
 def adapter(path: Path, meta: dict) -> Adapter:
