@@ -159,7 +159,7 @@ def test_preferences_are_learned(base, pairs, tmp_path):
     assert finetune("experiments.chat:chat_v1_0_dpo", base, pairs, run, *settings) == 0
     records, validations = lines(run, "metrics"), lines(run, "validation")
     assert records[0]["loss"] == pytest.approx(np.log(2), abs=1e-3), "policy and reference are the same"
-    assert records[0]["accuracy"] == pytest.approx(0.5) and records[-1]["margin"] > 0.05
+    assert abs(records[0]["margin"]) < 1e-3 and records[-1]["margin"] > 0.05
     first, last = (next(iter(v["domains"].values())) for v in (validations[0], validations[-1]))
     assert last["accuracy"] > 0.7 > first["accuracy"] and last["loss"] < first["loss"]
     assert main(["report", str(run)]) == 0
