@@ -238,7 +238,7 @@ def lines(value: dict[str, Any]) -> list[str]:
         )
     )
     for i, row in enumerate(value.get("memory", [])):
-        what = f"{sequences(row['micro_batch'])} take {human(row['total'])}"
+        what = f"{human(row['total'])} with {sequences(row['micro_batch'])}"
         verdict_here = "holds it" if row["fits"] else "is too small"
         table.append(
             ("" if i else "memory", f"{row['memory_gb']} GB {verdict_here}: {what} of {human(row['usable_bytes'])}")
