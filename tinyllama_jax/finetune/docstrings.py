@@ -29,7 +29,7 @@ SPEC = f"{WORD}[:PACKAGE,...]"
 PYTHON = "python"  # the standard library
 DEFAULT = (PYTHON, "numpy", "jax", "optax")  # what this package needs, and so has
 _SKIPPED = re.compile(r"_?tests?|testing|conftest|__pycache__|_?vendor(ed)?|setup|benchmarks?")
-_SHORTEST, _LONGEST, _EXAMPLE_LINES = 12, 800, 16  # characters of a paragraph, lines of an example
+_SHORTEST, _LONGEST, _EXAMPLE_LINES = 12, 800, 32  # characters of a paragraph, lines of an example
 _QUESTIONS = {
     "what": ("What does {0} do?", "Explain {0} in a few words.", "What is {0} for?", "Tell me about {0}."),
     "signature": ("Write the signature of {0}.", "Which arguments does {0} take?", "How is {0} called?"),
