@@ -164,6 +164,11 @@ class ExampleStore:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer_folder)
 
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """All that describes the tokenizer, the template that dialogues are written in too."""
+        return sorted(self.tokenizer_folder.iterdir())
+
     def chat(self) -> Chat:
         """How its dialogues are written, to ask a model what it has learned."""
         made = self.manifest["examples"]

@@ -231,7 +231,7 @@ def _steps(
         if run.evaluation.keep_best:
             checkpoints.best = best.best(examiner.losses)
         items = {item: state[item] for item in ("params", "optimizer")}
-        files = examiner.tokenizer.files
+        files = store.tokenizer_files if run.data.examples else examiner.tokenizer.files
         checkpoints.save(at, items, meta | of_step, permanent=permanent, blocking=blocking, tokenizer_files=files)
         tracker.event("saved", step=at, seconds=time.perf_counter() - before)
 
