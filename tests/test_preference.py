@@ -141,6 +141,7 @@ def micro_loss_on(shape):
         return jax.device_get(STEP(weights(mesh), batch))
 
 
+@pytest.mark.slow
 def test_a_mesh_of_everything_gives_the_same_loss_and_gradients():
     """Rows over `data`, tokens over `context`, heads and vocabulary over `tensor`."""
     (loss, metrics), gradients = micro_loss_on((1, 1, 1, 1))
