@@ -23,6 +23,7 @@ from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.evaluate.loss import held_out
 from tinyllama_jax.finetune import describe
 from tinyllama_jax.finetune.store import ExampleStore
+from tinyllama_jax.generate.chat import choose
 from tinyllama_jax.schedules import Plan
 
 
@@ -51,6 +52,12 @@ def test_text_needs_no_template_and_is_learned_whole(make, tmp_path):
     found = [d for split in ("train", "validation") for d in documents(store, split, "x")]
     assert store.manifest["template"] == "none" and len(found) == 9
     assert all(not learned[0] and all(learned[1:]) and ids[-1] == 2 for ids, learned in found)
+
+
+def test_the_tokenizer_says_how_dialogues_are_written(made):
+    settings = json.loads((made.tokenizer_folder / "tokenizer_config.json").read_text())
+    assert settings["chat_template"].startswith("{{ bos_token }}") and "<|user|>" in settings["chat_template"]
+    assert choose("auto", made.tokenizer_folder).name == "zephyr" == made.chat().template.name
 
 
 def test_loss_on_all_and_marks_and_system(make, files):

@@ -23,6 +23,7 @@ NO_JAX = {
     *("lab." + name for name in ("laws", "rules", "row", "shapes", "sweep", "slots", "run_sweep", "table")),
     *("lab." + name for name in ("runs", "report", "study")),
     *("data.prepare", "launch.supervise", "train.saved"),
+    *("finetune." + name for name in ("rows", "prepare", "store", "describe")),
 }
 ONE_HOME = {
     "orbax": {"train.checkpoint_files"},

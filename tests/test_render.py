@@ -8,7 +8,8 @@ import tokenizers
 
 from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe, write_tokenizer_json
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.generate.chat import TEMPLATES, Chat, Message, control_ids
+from tinyllama_jax.generate.chat import TEMPLATES, Chat, Message, choose, control_ids
+from tinyllama_jax.generate.jinja import jinja
 
 TALK = [
     Message("user", "Hello  there\n\nWho {are} you?"),
@@ -167,3 +168,32 @@ def test_a_vocabulary_that_sees_control_tokens_everywhere_is_refused(tokenizers_
     chat = Chat(TEMPLATES["none"], Tokenizer.load(tmp_path), [], {})
     with pytest.raises(ConfigError, match="spells EOS"):
         chat.render([Message("user", "x"), Message("assistant", "a </s> b")])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_jinja_is_known_again(tmp_path, name):
+    """`auto` finds the template of a checkpoint whose tokenizer says it."""
+    text = jinja(TEMPLATES[name], "x" if TEMPLATES[name].roles[0] else None, bos=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": text}))
+    if name == "none":
+        assert text == ""
+    else:
+        assert choose("auto", tmp_path) is TEMPLATES[name]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "none"])
+def test_jinja_writes_what_was_trained(tokenizers_of, name):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, controls = tokenizers_of["chatml"]
+    used = {text: i for text, i in controls.items() if text.startswith("<|im")}
+    system = "Be kind." if TEMPLATES[name].roles[0] else None
+    chat = Chat(TEMPLATES[name], tokenizer, [tokenizer.bos_id], used, system)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.files[0]), bos_token="<s>", eos_token="</s>")
+    theirs.chat_template = jinja(TEMPLATES[name], system, bos=True)
+    plain = [Message("user", "Hello  there\n\nWho {are} you?"), Message("assistant", "the quick"), Message("user", "?")]
+    for messages in (plain[:1], plain):
+        given = [{"role": m.role, "content": m.content} for m in messages]
+        ids = theirs.apply_chat_template(given, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert tuple(ids) == chat.ids(messages)

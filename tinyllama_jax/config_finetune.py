@@ -98,7 +98,9 @@ class Examples:
     # best_fit: whole examples, many to a window.  single: one to a window, the rest is padding.
     # concatenated: one after another, cut wherever a window ends.
     packing: Literal["best_fit", "single", "concatenated"] = "best_fit"
-    longest_prompt_tokens: int = 0  # preference: longer prompts lose their beginning; 0 = half of the window
+    longest_prompt_tokens: int = (
+        0  # preference: longer prompts lose their beginning; 0 = half of an answer's room, which is half a window
+    )
     too_long: Literal["cut", "drop"] = "cut"  # examples longer than a window: lose their end, or are left out
     malformed_share: float = 0.01  # rows that cannot be used, beyond which preparing ends; each is named
 

@@ -7,6 +7,7 @@ next one who makes the store removes.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections import Counter
@@ -32,12 +33,14 @@ from tinyllama_jax.finetune.forms import Example
 from tinyllama_jax.finetune.rows import Source, parse
 from tinyllama_jax.finetune.store import FORMAT_VERSION, KIND, MALFORMED, SUFFIX, TOKENIZER, ExampleStore, system_of
 from tinyllama_jax.generate.chat import TEMPLATES, Chat, choose, control_ids
+from tinyllama_jax.generate.jinja import jinja
 from tinyllama_jax.generate.templates import Template
 from tinyllama_jax.terminal import say as say_on_stderr
 
 TRAIN, VALIDATION = SPLITS
 # Beside the vocabulary, what else says how a tokenizer is used.
-_BESIDE = (JSON_CONFIG_FILE, "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
+TEMPLATE_FILE = "chat_template.jinja"
+_BESIDE = (JSON_CONFIG_FILE, TEMPLATE_FILE, "special_tokens_map.json", "added_tokens.json")
 # What does not change what a store holds, or is compared by its content.
 _NOT_COMPARED = ("sources", "validation_sources", "malformed_share", "tokenizer")
 
@@ -186,6 +189,8 @@ def _fill(asked: _Asked, folder: Path, progress: Progress, say: Callable[[str], 
     pairs = first is not None and first.pair
     template = _template(examples, folder / TOKENIZER, first)
     chat = _chat(asked, folder / TOKENIZER, tokenizer, template, say)
+    if examples.template != "auto":
+        _describe_template(asked, folder / TOKENIZER, template)
     if pairs and (examples.loss_on != "assistant" or examples.packing == "concatenated"):
         raise ConfigError(
             "pairs of answers are learned as answers, one pair to a window; leave examples.loss_on and "
@@ -311,6 +316,16 @@ def _tokenizer(asked: _Asked, folder: Path) -> Tokenizer:
         shutil.rmtree(folder)
         extended.rename(folder)
     return Tokenizer.load(folder)
+
+
+def _describe_template(asked: _Asked, folder: Path, template: Template) -> None:
+    """Says beside the vocabulary how dialogues are written, so that checkpoints and what is exported know."""
+    system = system_of(asked.examples.system, asked.examples.empty_system)
+    if text := jinja(template, system, bos=asked.marks in ("bos", "both")):
+        file = folder / JSON_CONFIG_FILE
+        settings = json.loads(file.read_bytes()) if file.exists() else {}
+        durable.write_json(file, settings | {"chat_template": text})
+        (folder / TEMPLATE_FILE).unlink(missing_ok=True)
 
 
 def _sha256(file: Path) -> str:
