@@ -14,14 +14,14 @@ from test_formats import ended
 from test_hf import GQA, MODELS, assert_same_bits, refusal
 from tiny_checkpoint import make
 
-from tinyllama_jax.config import replace
+from tinyllama_jax.config import Execution, replace
 from tinyllama_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from tinyllama_jax.finetune import adapters
 from tinyllama_jax.finetune.merged import merge
 from tinyllama_jax.generate.load import load, load_adapter
 from tinyllama_jax.interop.hf import read_hf
 from tinyllama_jax.interop.peft import read_peft, shapes, write_peft
-from tinyllama_jax.model import quantized
+from tinyllama_jax.model import transformer
 from tinyllama_jax.train import saved
 
 NO_TABLES = lambda words: {}  # noqa: E731
@@ -205,18 +205,23 @@ def test_adapters_generate(base, tuned, tmp_path, capsys):
     assert status == 78 and "--slide" in err
 
 
-def test_a_quantised_base_is_merged_as_it_was_trained_with(base, tmp_path):
-    adapter = replace(EVERYTHING, base_weights="int8")
+@pytest.mark.parametrize("base_weights", ["bfloat16", "int8"])
+def test_a_frozen_base_is_merged_as_it_was_trained_with(base_weights, base, tmp_path):
+    """Logits are those that training computes beside the frozen base, and not those beside the float32 one."""
+    adapter = replace(EVERYTHING, base_weights=base_weights)
     path = checkpoint(tmp_path / "ckpt", base, adapter)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 12)))
     with jax.set_mesh(one_device()):
         whole, found = (load(str(p), one_device()) for p in (base, path))
-        frozen = adapters.freeze(whole.params, whole.model, "int8")
-        up = np.asarray(quantized.whole(frozen["layers"]["mlp"]["up"], jnp.float32))
-        trained = drawn(whole.model, adapter)["layers"]["mlp"]["up"]
-        scale = 6.0 / np.sqrt(4)
-        expected = up + scale * np.einsum("ldr,lrf->ldf", trained["a"], trained["b"])
-        np.testing.assert_allclose(found.params["layers"]["mlp"]["up"], expected, atol=1e-5)
-        assert np.abs(up - whole.params["layers"]["mlp"]["up"]).max() > 1e-4
+        model, trained = found.model, load_adapter(str(path)).params
+        run = jax.jit(lambda params: transformer.logits(params, ids, model, Execution()))
+        frozen = jax.jit(lambda p: adapters.freeze(p, model, base_weights))(whole.params)
+        as_trained = np.asarray(run(adapters.attach(frozen, trained, model, adapter)))
+        loaded = np.asarray(run(found.params))
+        beside_float32 = np.asarray(run(adapters.merge(whole.params, trained, model, adapter)))
+    largest = np.abs(as_trained).max()
+    assert np.abs(loaded - as_trained).max() < 1e-4 * largest
+    assert np.abs(beside_float32 - as_trained).max() > 1e-3 * largest
 
 
 def test_export_and_import_as_a_whole(base, tuned, tmp_path, capsys):

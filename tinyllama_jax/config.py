@@ -324,6 +324,15 @@ class Run:
             require(
                 getattr(self, name) is None or self.start, f"{name} needs start.checkpoint: the weights it begins at"
             )
+        prefix = self.adapter is not None and self.adapter.method == "prefix"
+        require(
+            not (prefix and self.data.document_masking),
+            "adapter.method=prefix stands before whole rows: set document_masking=false, with one example to a row "
+            "(examples.packing=single)",
+        )
+        require(
+            not prefix or self.mesh.context in (1, -1), "adapter.method=prefix needs whole rows: set mesh.context=1"
+        )
         require(self.preference is None or self.data.examples, "preference learns from pairs in data.examples")
         length = self.data.sequence_tokens
         require(

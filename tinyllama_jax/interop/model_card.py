@@ -266,9 +266,15 @@ def _plus_minus(value: Any, error: Any) -> str:
 def _limits(meta: dict, run: Run | None, model: Model, language: str) -> str:
     total = flops.parameter_counts(model)["total"]
     seen = _dictionary(_dictionary(meta.get("config")).get("data")).get("sequence_tokens", model.context_tokens)
+    taught = (
+        "It continues text.  It was not taught to follow instructions or to refuse anything, and nothing was done to"
+    )
+    if _dictionary(_dictionary(meta.get("config")).get("data")).get("examples"):
+        taught = (
+            "It was tuned on examples of answers, and is as right and as polite as these.  Nothing else was done to"
+        )
     lines = [
-        "It continues text.  It was not taught to follow instructions or to refuse anything, and nothing was done to "
-        "align it: what it writes may be false, offensive or harmful.",
+        f"{taught} align it: what it writes may be false, offensive or harmful.",
         f"It is small ({total / 1e6:.3g} million parameters): it knows little, reasons little, and repeats itself.",
         "It has the biases and errors of its data, and may reproduce parts of it.",
         f"It has seen no more than {seen:,} tokens at once; beyond that, expect nothing.",

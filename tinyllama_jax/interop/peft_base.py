@@ -67,7 +67,14 @@ def write(loaded: Loaded, out: Path, *, dtype: str, base_model: str, license: st
         tables=_grown(loaded.path, loaded.meta) if resized else {},
         texts={"README.md": text},
     )
-    return {"base_model": base, "use": peft_card.uses(str(out), base, model, resized=resized)}
+    unnamed = (
+        f"the base is called {base!r}: export it under that name, or name what transformers loads with --base-model"
+    )
+    return {
+        "base_model": base,
+        "notes": [] if base_model else [unnamed],
+        "use": peft_card.uses(str(out), base, model, resized=resized),
+    }
 
 
 def _name(checkpoint: Path) -> str:

@@ -145,8 +145,8 @@ def hidden(
     ahead = prefix.tokens(params)
     if ahead and documents_BT is not None:
         raise ConfigError(
-            "adapter.method=prefix stands before whole rows: set data.document_masking=false, with one example to a "
-            "row (examples.packing=single)"
+            "adapter.method=prefix stands before whole rows, of one document each: set data.document_masking=false, "
+            "with one example to a row (examples.packing=single)"
         )
     positions_T = ahead + sharding.striped(np.arange(tokens_BT.shape[1]), sharding.parts(tokens_axis))
     cos, sin = jax.sharding.reshard(rope.tables(cfg, positions_T), P(tokens_axis, None))
