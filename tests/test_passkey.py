@@ -140,25 +140,27 @@ def mesh(request):
 
 def test_answers_are_what_whole_rows_and_greedy_generation_say(tokenizer, mesh):
     text = tokenizer("byte-level")
-    model = replace(quick().model, vocab_size=text.vocab_size, context_tokens=512)
+    model = replace(quick().model, layers=1, vocab_size=text.vocab_size, context_tokens=512)
     params = jax.jit(lambda key: jax.tree.map(lambda p: p * 3, transformer.init(model, key)))(jax.random.key(1))
     made = Prompts(text, "bos", keys=3, choices=3)
     assert made.answer_tokens > 1
-    prompts = made.at(400, (0.0, 1.0))
+    prompts = made.at(190, (0.0, 1.0))
     found = retrieval.answers(params, model, mesh, prompts, lambda ids: ",".join(map(str, ids)))
     rows = np.array([[*prompt.tokens, *ids] for prompt in prompts for ids in prompt.answers])
     nll = score(params, model, Execution(), mesh, rows)[:, -made.answer_tokens :].sum(1).reshape(len(prompts), -1)
     np.testing.assert_allclose([answer.log_likelihoods for answer in found], -nll, rtol=1e-4)
+    if mesh.size > 1:
+        return
     said = generate(
         params, model, Execution(), [p.tokens for p in prompts], max_new_tokens=made.answer_tokens + 1, temperature=0
     )
     assert [answer.said for answer in found] == [",".join(map(str, ids)) for ids in said]
-    with pytest.raises(DataError, match="rows of 400 tokens exceed the model's context of 64"):
+    with pytest.raises(DataError, match="rows of 190 tokens exceed the model's context of 64"):
         retrieval.answers(params, replace(model, context_tokens=64), mesh, prompts, str)
 
 
 def copying(tokens_BT, last_B):
-    """Logits of a model that says what followed the last three tokens when they were met before; else it has no idea."""
+    """Logits of a model that says what followed the last three tokens where they were before, and else has no idea."""
     at_BT = jnp.arange(tokens_BT.shape[1])[None]
     same_BT = at_BT < last_B[:, None]
     for back in range(3):
@@ -197,12 +199,12 @@ def test_a_model_that_copies_finds_the_key_and_none_where_it_is_not_told(tokeniz
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     made = Prompts(tokenizer(kind), "bos", keys=4, choices=4, seed=3)
     with jax.set_mesh(mesh):
-        prompts = made.at(600, (0.0, 0.5, 1.0))
+        prompts = made.at(600, (0.25, 0.75))
         found = passkey.summary(prompts, retrieval.answers({}, model, mesh, prompts, made.said))
         assert (found["exact"], found["accuracy"]) == (1.0, 1.0) and found["margin"] > 5
-        assert found["depths"]["0.5"]["said"][0][1].strip().startswith(prompts[0].key)
+        assert found["depths"]["0.75"]["said"][0][1].strip().startswith(prompts[0].key)
         monkeypatch.setattr(passkey, "NEEDLE", "The grass is green, as I said.")
-        prompts = made.at(600, (0.5,))
+        prompts = made.at(600, (0.25, 0.75))  # of the same shape
         found = passkey.summary(prompts, retrieval.answers({}, model, mesh, prompts, made.said))
         assert found["exact"] == 0 and found["accuracy"] == 0.25, "chance: all are as likely as the other"
         assert found["margin"] == pytest.approx(0, abs=1e-4)
@@ -245,51 +247,47 @@ def said(capsys, *argv, status=0):
 
 
 def test_passkeys_of_a_run_are_kept_added_to_and_drawn(own, tmp_path, capsys):
-    words = [own, "--passkey", "320,300", "--keys", "3", "--choices", "2", "--depths", "0,1", "--json"]
-    value = json.loads(said(capsys, *words, "--rope", "as-trained,yarn", "--plots", tmp_path / "p").out)
+    words = [own, "--passkey", "260", "--keys", "3", "--choices", "2", "--depths", "0,1", "--json"]
+    value = json.loads(said(capsys, *words, "--rope", "as-trained", "--plots", tmp_path / "p").out)
     assert value["trained_tokens"] == 32 and value["provenance"]["passkey"]["chance"] == 0.5
-    assert {rope: list(lengths) for rope, lengths in value["passkey"].items()} == {
-        "as-trained": ["300", "320"],
-        "yarn": ["300", "320"],
-    }
-    cell = value["passkey"]["yarn"]["320"]
+    cell = value["passkey"]["as-trained"]["260"]
     assert list(cell["depths"]) == ["0", "1"] and len(cell["depths"]["0"]["said"]) == 3
     assert cell["margin"] == pytest.approx(np.mean([at["margin"] for at in cell["depths"].values()]))
-    assert cell != value["passkey"]["as-trained"]["320"]
     assert imread(tmp_path / "p" / "passkey.png").shape[1] == 1600
     [file] = (own / "evaluations").glob("*-passkey.json")
     assert json.loads(file.read_text())["passkey"] == value["passkey"]
     more = json.loads(said(capsys, *words, "--rope", "ntk").out)
     assert more["passkey"] == value["passkey"] | {"ntk": more["passkey"]["ntk"]}, "same conditions: added"
-    other = json.loads(said(capsys, *words, "--rope", "ntk", "--seed", "5").out)
-    assert list(other["passkey"]) == ["ntk"], "other keys: replaced"
-    shown = said(capsys, *words[:-1], "--rope", "as-trained", "--seed", "5").out
-    assert "one is the likeliest of 2 by chance in 50.0 %" in shown and "as-trained       320" in shown
+    assert more["passkey"]["ntk"]["260"]["margin"] != cell["margin"]
+    shown = said(capsys, *words[:-1], "--rope", "ntk", "--seed", "5").out
+    assert "one is the likeliest of 2 by chance in 50.0 %" in shown and "ntk              260" in shown
+    assert list(json.loads(file.read_text())["passkey"]) == ["ntk"], "other keys: replaced"
 
 
 def test_loss_by_position_is_what_measure_says_of_a_run(own, tmp_path, capsys):
-    words = [own, "--positions", "32,64,128", "--rope", "as-trained,yarn", "--sequences", "2"]
+    words = [own, "--positions", "32,64", "--rope", "as-trained,yarn", "--sequences", "2"]
     value = json.loads(said(capsys, *words, "--plots", tmp_path, "--json").out)
-    assert main(["measure", str(own), "--beyond", "64,128", "--rope", "as-trained,yarn", "--sequences", "2"]) == 0
+    assert main(["measure", str(own), "--beyond", "64", "--rope", "as-trained,yarn", "--sequences", "2"]) == 0
     assert value["positions"] == json.loads((own / "measures.json").read_text())["beyond"]
-    assert list(value["positions"]["yarn"]) == ["64", "128"] and list(value["positions"]["as-trained"])[0] == "32"
+    assert list(value["positions"]["yarn"]) == ["64"] and list(value["positions"]["as-trained"]) == ["32", "64"]
     assert imread(tmp_path / "positions.png").shape[1] == 1600
     page = write_report(own).read_text()
     assert "Long windows, by position" in page and (own / "plots" / "positions.png").exists()
-    along = json.loads(said(capsys, *words, "--every-tokens", "2000", "--json").out)["evaluations"]
-    assert len(along) > 1 and [e["new"] for e in along].count(False) == 1
-    assert "yarn 128: " in said(capsys, *words, "--every-tokens", "2000").out
+    words = [own, "--positions", "32", "--sequences", "2", "--every-tokens", "3000"]
+    along = json.loads(said(capsys, *words, "--json").out)["evaluations"]
+    assert len(along) > 1 and [e["new"] for e in along].count(False) == 1, "the newest has one"
+    assert "as-trained 32: " in said(capsys, *words).out
 
 
 def test_loss_by_position_of_a_checkpoint_from_elsewhere(tmp_path, capsys):
     checkpoint = tiny_checkpoint.make(tmp_path, context_tokens=64)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    words = [checkpoint, "--positions", "16,64,128", "--corpus", f"foxes={tmp_path}/text", "--rope", "linear"]
+    words = [checkpoint, "--positions", "64,128", "--corpus", f"foxes={tmp_path}/text", "--rope", "linear"]
     value = json.loads(said(capsys, *words, "--json").out)
     assert value["trained_tokens"] == 64, "its context" and list(value["positions"]["linear"]) == ["128"]
     assert list(value["positions"]["linear"]["128"]["domains"]) == ["foxes"]
-    assert "names some with --corpus" not in said(capsys, checkpoint, "--positions", "64", status=78).err
+    assert "name some with --corpus" in said(capsys, checkpoint, "--positions", "64", status=78).err
     assert "128: 48 does not divide it" in said(capsys, checkpoint, "--positions", "48,128", status=78).err
 
 
@@ -327,16 +325,16 @@ def cell(value: float, depths=("0", "0.5", "1")) -> dict:
     return at | {"depths": {depth: at for depth in depths}}
 
 
-@pytest.mark.parametrize("names", [1, 3, 7])
+@pytest.mark.parametrize("names", [1, 7])
 def test_figures_show_something_and_nothing_is_cut_off(names, tmp_path):
     ropes = ["as-trained", "linear", "ntk", "yarn", *(f"{rope}, fine-tuned" for rope in ("linear", "ntk", "yarn"))]
-    lengths = (256, 512, 1024, 16_384)
+    lengths = (256, 512, 1024)
     trained = 256 if names > 1 else 1024
     curve = np.linspace(3, 4, 16)
     value = {
         "trained_tokens": trained,
         "passkey": {r: {str(n): cell(0.1 * i) for i, n in enumerate(lengths)} for r in ropes[:names]},
-        "positions": {r: {str(n): {"by_position": [*curve[:-1], None]} for n in lengths[:3]} for r in ropes[:names]},
+        "positions": {r: {str(n): {"by_position": [*curve[:-1], None]} for n in lengths} for r in ropes[:names]},
         "provenance": {"passkey": {"choices": 10}},
     }
     for name, figure in context_plots.figures(value).items():
