@@ -334,6 +334,10 @@ class Run:
             not prefix or self.mesh.context in (1, -1), "adapter.method=prefix needs whole rows: set mesh.context=1"
         )
         require(self.preference is None or self.data.examples, "preference learns from pairs in data.examples")
+        require(
+            self.preference is None or self.data.document_masking,
+            "preference needs data.document_masking=true: both answers of a pair lie in one row",
+        )
         length = self.data.sequence_tokens
         require(
             length <= self.model.context_tokens,

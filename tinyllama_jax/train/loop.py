@@ -136,7 +136,8 @@ def _train(run, workdir, experiment, allow_config_change, progress, peers, stop,
             run, plan, store, order, checkpoints, target, mesh, workdir, peers, allow_config_change=allow_config_change
         )
         if run.preference:
-            first = functools.partial(start.first_params, run, mesh, state, peers)
+            first = functools.partial(start.first_params, run, mesh, state, done, peers)
+            watchdog.patient("log-probabilities of all pairs before training")
             base = based_on["leaves_sha256"]
             store = references(store, run, first, mesh, workdir, base=base, peers=peers, progress=progress or silent)
             pipeline = Pipeline(store, run.data, plan, run.seed, **placed)

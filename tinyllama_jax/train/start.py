@@ -260,11 +260,12 @@ def begin(
     return 0, init(run, mesh, beginning.weights(run, mesh, peers)), f"started from {name}", based_on
 
 
-def first_params(run: Run, mesh, state: State, peers: Peers = ALONE):
-    """The parameters that a run with a start begins with, for the model; the state may be of any later step."""
+def first_params(run: Run, mesh, state: State, done: int, peers: Peers = ALONE):
+    """The model's parameters at the start of a run that is now at step `done`, with this state."""
     if run.adapter is None:
-        return beginning.weights(run, mesh, peers)
-    return adapters.attach(state["frozen"], init(run, mesh)["params"], run.model, run.adapter)
+        return beginning.weights(run, mesh, peers) if done else state["params"]
+    trained = init(run, mesh)["params"] if done else state["params"]
+    return adapters.attach(state["frozen"], trained, run.model, run.adapter)
 
 
 def checkpoint_meta(run: Run, store: TokenStore, based_on: dict | None) -> dict:
