@@ -102,6 +102,9 @@ def test_lora_learns_answers_and_keeps_its_best_step(base, chats, tmp_path, caps
     capsys.readouterr()
     assert main(["generate", str(run), "--prompt", "The", "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
+    assert main(["eval", f"{run}@best", "--sequences", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["domains"]["chat"]["loss"]
+    assert found == pytest.approx(min(losses.values()), abs=1e-4), "the loss of its own held-out examples"
     assert main(["finetune", "merge", f"{run}@best", "--out", str(tmp_path / "merged")]) == 0
     assert "layers.attention.query" in saved.read_meta(tmp_path / "merged")["checkpoint"]["leaves"]["params"]
     assert main(["report", str(run)]) == 0

@@ -15,6 +15,7 @@ from tinyllama_jax.data.joined import reopen
 from tinyllama_jax.data.pipeline import Pipeline, valid_targets
 from tinyllama_jax.data.store import MANIFEST, TokenStore
 from tinyllama_jax.errors import ConfigError, DataError
+from tinyllama_jax.finetune.store import ExampleStore
 from tinyllama_jax.evaluate import ngram
 from tinyllama_jax.evaluate.corpus import text_windows
 from tinyllama_jax.evaluate.loss import HeldOut, Validator, held_out
@@ -51,6 +52,8 @@ def measure(
             raise ConfigError(f"windows of {length} tokens exceed the model's context of {loaded.model.context_tokens}")
         if baselines and (run is None or corpus):
             raise ConfigError("--baselines needs a run and its own store: they are fitted on what the run saw")
+        if baselines and run.data.examples is not None:
+            raise ConfigError("--baselines count running text, and this run learned from examples")
         windows, store = held_out_windows(checkpoint, loaded, run, corpus, length + 1, sequences)
         token_bytes_V = loaded.tokenizer().token_bytes()
         validator = Validator(
@@ -90,7 +93,7 @@ def held_out_windows(
     if not corpus:
         if run is None:
             raise ConfigError(f"{checkpoint} is not a run and has no text of its own; name some with --corpus")
-        store = reopen(loaded.meta["store"], cache=run.data.cache)
+        store = _own_store(checkpoint, loaded, run)
         return held_out(store, window_tokens, sequences), store
     windows: HeldOut = {}
     for source in corpus:
@@ -102,6 +105,17 @@ def held_out_windows(
         else:
             windows |= text_windows([source], loaded.tokenizer(), loaded.marks, window_tokens, sequences)
     return windows, None
+
+
+def _own_store(checkpoint: str, loaded: Loaded, run: Run):
+    if run.data.examples is None:
+        return reopen(loaded.meta["store"], cache=run.data.cache)
+    store = ExampleStore.open(loaded.meta["store"]["path"])
+    if store.pairs:
+        raise ConfigError(
+            f"{checkpoint} learned from pairs of answers, whose loss is in its validation.jsonl; name text with --corpus"
+        )
+    return store
 
 
 def _baselines(run: Run, store: TokenStore, step: int, windows: HeldOut, token_bytes_V: np.ndarray) -> dict:
