@@ -50,8 +50,8 @@ def language() -> FineTune:
     """TinyLlama-1.1B on text of another language, in a vocabulary that has pieces for it; a quarter is old text.
 
     Needs a store prepared with a tokenizer that `tinyllama prepare tokenizer --base CKPT --train TEXT --pieces N` has
-    made (--data).  The old text keeps its ids, and its store need not be made again.  TinyLlama v1.1 Chinese kept half
-    of the old text and the old vocabulary.
+    made (--data).  The old text keeps its ids, and its store need not be made again, unless new pieces are parts of its
+    words too (experiments/results).  TinyLlama v1.1 Chinese kept half of the old text and the old vocabulary.
     """
     base = domain()
     return replace(
