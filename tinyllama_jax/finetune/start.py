@@ -55,8 +55,7 @@ def of_checkpoint(path: Path, new: Model) -> Model:
     meta = saved.read_meta(path)
     if meta.get("config", {}).get("adapter"):
         raise CheckpointError(
-            f"{path}: holds adapters only; merge them into a model first: `tinyllama export hf {path} --out DIR`, then "
-            "`tinyllama import hf DIR --out CKPT`"
+            f"{path}: holds adapters only; merge them into a model first: `tinyllama finetune merge {path} --out CKPT`"
         )
     old = saved.model_of(meta)
     check_model(old, new, path)
