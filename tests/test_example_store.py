@@ -184,7 +184,6 @@ def test_inspect_shows_what_is_learned(made, files, make, capsys):
 
 
 def test_new_tokens_lengthen_the_vocabulary(make, files):
-    pytest.importorskip("tinyllama_jax.data.tokenizer_extend")
     store = make(f"talks={files}/talks.jsonl", template="chatml", new_tokens=("<|im_start|>", "<|im_end|>"))
     assert store.vocab_size == 332 == store.tokenizer().vocab_size
     ids, learned = next(documents(store, "train", "talks"))
