@@ -15,10 +15,10 @@ from tinyllama_jax.data.joined import reopen
 from tinyllama_jax.data.pipeline import Pipeline, valid_targets
 from tinyllama_jax.data.store import MANIFEST, TokenStore
 from tinyllama_jax.errors import ConfigError, DataError
-from tinyllama_jax.finetune.store import ExampleStore
 from tinyllama_jax.evaluate import ngram
 from tinyllama_jax.evaluate.corpus import text_windows
 from tinyllama_jax.evaluate.loss import HeldOut, Validator, held_out
+from tinyllama_jax.finetune.store import ExampleStore
 from tinyllama_jax.generate.load import Loaded, load
 from tinyllama_jax.schedules import Plan
 from tinyllama_jax.sharding import computing, make_mesh
@@ -113,7 +113,7 @@ def _own_store(checkpoint: str, loaded: Loaded, run: Run):
     store = ExampleStore.open(loaded.meta["store"]["path"])
     if store.pairs:
         raise ConfigError(
-            f"{checkpoint} learned from pairs of answers, whose loss is in its validation.jsonl; name text with --corpus"
+            f"{checkpoint} learned from pairs of answers; their loss is in its validation.jsonl; name text with --corpus"
         )
     return store
 
