@@ -18,6 +18,7 @@ from tinyllama_jax.config import Execution, replace
 from tinyllama_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from tinyllama_jax.finetune import adapters
 from tinyllama_jax.finetune.merged import merge
+from tinyllama_jax.finetune.start import of_checkpoint
 from tinyllama_jax.generate.load import load, load_adapter
 from tinyllama_jax.interop.hf import read_hf
 from tinyllama_jax.interop.peft import read_peft, shapes, write_peft
@@ -242,8 +243,9 @@ def test_export_and_import_as_a_whole(base, tuned, tmp_path, capsys):
         assert_same_bits(*(jax.tree.map(np.asarray, x.params) for x in (before, back)))
         wholes = [jax.tree.map(np.asarray, load(str(p), one_device()).params) for p in (tuned, tmp_path / "ckpt")]
         assert_same_bits(*wholes)
-    status, _, err = ended(capsys, "inspect", tmp_path / "ckpt")
-    assert status == 0, err
+    status, said, err = ended(capsys, "inspect", tmp_path / "ckpt")
+    assert status == 0 and f"adapters alone (lora), beside the weights of {base}" in said, err
+    refusal(CheckpointError, lambda: of_checkpoint(tmp_path / "ckpt", before.model), "holds adapters only", "merge")
     assert ended(capsys, "export", "peft", tmp_path / "ckpt", "--out", tmp_path / "again")[0] == 0
     for name in (CONFIG, WEIGHTS):
         a, b = ((tmp_path / folder / name).read_bytes() for folder in ("adapter", "again"))

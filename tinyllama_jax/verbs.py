@@ -176,4 +176,7 @@ def inspect(args: argparse.Namespace) -> None:
     ]
     if "step" in value:
         lines.append(f"  step {value['step']}, {value['tokens']:,} tokens, checkpoint {value['checkpoint']}")
+        if adapter := saved.adapter_of(value):
+            beside = value.get("base", {}).get("checkpoint", "?")
+            lines.append(f"  it holds adapters alone ({adapter.method}), beside the weights of {beside}")
     answer(args, value, lines)

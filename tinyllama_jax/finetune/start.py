@@ -53,7 +53,7 @@ def weights(run: Run, mesh: Mesh, peers: Peers = ALONE) -> Any:
 def of_checkpoint(path: Path, new: Model) -> Model:
     """The model in a checkpoint, which `new` can begin with.  Raises CheckpointError or ConfigError as `weights`."""
     meta = saved.read_meta(path)
-    if meta.get("config", {}).get("adapter"):
+    if saved.adapter_of(meta) is not None:
         raise CheckpointError(
             f"{path}: holds adapters only; merge them into a model first: `tinyllama finetune merge {path} --out CKPT`"
         )

@@ -39,6 +39,12 @@ def run_of(checkpoint: Path) -> Run | None:
         return None
 
 
+def name_of(checkpoint: Path) -> str:
+    """What a checkpoint's model is called: its run's name, or that of its own folder."""
+    path = checkpoint.absolute()
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+
+
 def card(checkpoint: Path, meta: dict, model: Model, name: str, *, license: str = "", language: str = "") -> str:
     """The model card as Markdown with its YAML head.
 
@@ -131,7 +137,7 @@ def training(meta: dict, run: Run | None, model: Model) -> str:
             f"Continued from the run `{Path(str(fork['run'])).name}` at {fork['tokens']:,} tokens, in these stages:"
         ]
     if start := config.get("start"):
-        lines = [f"Fine-tuned{_beside(meta, config)} from `{Path(str(start['checkpoint'])).name}`, in these stages:"]
+        lines = [f"Fine-tuned{_beside(meta, config)} from `{name_of(Path(start['checkpoint']))}`, in these stages:"]
     planned = sum(stage["tokens"] for stage in config.get("curriculum") or [])
     facts = []
     if planned and meta.get("tokens", 0) < planned:

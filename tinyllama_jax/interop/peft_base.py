@@ -11,7 +11,7 @@ import numpy as np
 from tinyllama_jax import configio
 from tinyllama_jax.config import Mesh, Model, replace
 from tinyllama_jax.errors import ConfigError
-from tinyllama_jax.interop import hf_tokenizer, peft, peft_card
+from tinyllama_jax.interop import hf_tokenizer, model_card, peft, peft_card
 from tinyllama_jax.interop.formats import Found
 from tinyllama_jax.train import bases, saved
 
@@ -49,7 +49,7 @@ def write(loaded: Loaded, out: Path, *, dtype: str, base_model: str, license: st
     base_path, base_meta = bases.find(loaded.path, loaded.meta)
     model, small = loaded.model, saved.model_of(base_meta)
     resized = model.vocab_size != small.vocab_size
-    base = base_model or _name(base_path)
+    base = base_model or model_card.name_of(base_path)
     folder = loaded.path / "tokenizer"
     text = peft_card.card(
         *(loaded.path, loaded.meta, model, adapter, out.absolute().name, base),
@@ -75,12 +75,6 @@ def write(loaded: Loaded, out: Path, *, dtype: str, base_model: str, license: st
         "notes": [] if base_model else [unnamed],
         "use": peft_card.uses(str(out), base, model, resized=resized),
     }
-
-
-def _name(checkpoint: Path) -> str:
-    """What a checkpoint's model is called: its run's name, or that of its own folder."""
-    path = checkpoint.absolute()
-    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
 
 
 def _tables(path: Path, model: Model, words: int) -> dict[str, np.ndarray]:
