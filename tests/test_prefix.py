@@ -7,6 +7,7 @@ import pytest
 from quick_experiment import quick
 from test_hf import refusal
 
+from tinyllama_jax.attention import attention
 from tinyllama_jax.config import Adapter, Execution, Mesh, Start, replace
 from tinyllama_jax.errors import ConfigError
 from tinyllama_jax.finetune import adapters
@@ -52,6 +53,26 @@ def test_keys_that_tokens_would_have_are_those_tokens(params, monkeypatch):
     for more in ({}, {"scan_layers": False, "attention": "reference", "remat": "full"}):
         np.testing.assert_allclose(logits(both, ids[:, P:], **more), whole, atol=2e-4)
     assert np.abs(logits(params, ids[:, P:]) - whole).max() > 0.1
+
+
+@pytest.mark.parametrize("length", [128, 20])
+def test_rows_of_whole_blocks_stay_so_for_the_kernels(length, params):
+    """Against attention that is told which keys each query sees."""
+    k1, k2, k3 = (jax.random.normal(jax.random.key(i), (2, length, 2, 8)) for i in range(3))
+    q = jnp.concatenate([k1, k1 * 0.5], axis=2)
+    pair = jax.tree.map(lambda leaf: leaf[0], params["layers"]["prefix"])
+    rows = []
+
+    def attend(q, k, v):
+        rows.append((q.shape[1], k.shape[1], v.shape[1]))
+        return attention(q, k, v)
+
+    found = prefix.attending(attend, pair)(q, k2, k3)
+    before = prefix.before(pair, k2)
+    keys, values = (jnp.concatenate(both, axis=1) for both in zip(before, (k2, k3), strict=True))
+    expected = attention(q, keys, values, q_positions_BT=jnp.tile(P + jnp.arange(length), (2, 1)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert rows == [(256,) * 3 if length == 128 else (25,) * 3]
 
 
 def test_an_engine_goes_on_behind_a_prefix_as_whole_rows_do(params):
