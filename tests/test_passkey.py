@@ -13,6 +13,7 @@ import tokenizers
 from matplotlib.image import imread
 from quick_experiment import quick
 
+from experiments import extend, smoke
 from tinyllama_jax import verbs_context
 from tinyllama_jax.cli import main
 from tinyllama_jax.config import Execution, Mesh, replace
@@ -20,12 +21,15 @@ from tinyllama_jax.data.tokenizer import Tokenizer, train_bpe, write_tokenizer_j
 from tinyllama_jax.errors import ConfigError, DataError
 from tinyllama_jax.evaluate import beyond, passkey, retrieval
 from tinyllama_jax.evaluate.passkey import Answer, Prompts
+from tinyllama_jax.finetune.resolve import run_of
 from tinyllama_jax.generate.sample import generate
 from tinyllama_jax.generate.score import score
 from tinyllama_jax.lab import context_plots
 from tinyllama_jax.lab.draw import png
 from tinyllama_jax.lab.report import write_report
 from tinyllama_jax.model import transformer
+from tinyllama_jax.presets import preset
+from tinyllama_jax.schedules import Plan
 from tinyllama_jax.sharding import make_mesh
 
 TEXT = f"{passkey.INTRODUCTION}\n{passkey.FILLER}\n{passkey.QUESTION} 12345. " * 20
@@ -273,7 +277,7 @@ def test_loss_by_position_is_what_measure_says_of_a_run(own, tmp_path, capsys):
     assert imread(tmp_path / "positions.png").shape[1] == 1600
     page = write_report(own).read_text()
     assert "Long windows, by position" in page and (own / "plots" / "positions.png").exists()
-    words = [own, "--positions", "32", "--sequences", "2", "--every-tokens", "3000"]
+    words = [own, "--positions", "32", "--sequences", "2", "--every-tokens", "2000"]
     along = json.loads(said(capsys, *words, "--json").out)["evaluations"]
     assert len(along) > 1 and [e["new"] for e in along].count(False) == 1, "the newest has one"
     assert "as-trained 32: " in said(capsys, *words).out
@@ -315,6 +319,36 @@ def test_what_makes_no_sense_is_one_line(finished, capsys, words, status, line):
 
 def test_the_treatments_of_the_verb_are_those_that_are_measured():
     assert verbs_context.ROPES == beyond.ROPES
+
+
+@pytest.mark.parametrize(
+    "name, kind, factor, steps, sequences, tokens",
+    [
+        ("linear_8k", "linear", 4, 1000, 64, 8192),
+        ("linear_16k", "linear", 8, 1000, 128, 16_384),
+        ("ntk_8k", "ntk", 8, 400, 64, 8192),
+        ("ntk_16k", "ntk", 16, 400, 64, 16_384),
+        ("yarn_8k", "yarn", 4, 400, 64, 8192),
+        ("yarn_16k", "yarn", 8, 400, 64, 16_384),
+        ("cpu_as_trained", "default", 1, 100, 8, 1024),
+        ("cpu_linear", "linear", 4, 100, 8, 1024),
+        ("cpu_ntk", "ntk", 8, 100, 8, 1024),
+        ("cpu_yarn", "yarn", 4, 100, 8, 1024),
+    ],
+)
+def test_the_recipes_say_what_the_papers_do(name, kind, factor, steps, sequences, tokens):
+    recipe, small = getattr(extend, name)(), name.startswith("cpu")
+    base = smoke.demo().model if small else preset("tinyllama-1.1b")
+    run = run_of(replace(recipe, base="base"), base, "store", {"text": 10**9})
+    [stage] = Plan(run.curriculum, run.data.sequence_tokens).stages
+    assert (run.data.sequence_tokens, run.model.context_tokens) == (tokens, tokens)
+    assert (stage.end_step, stage.batch_tokens) == (steps, sequences * tokens)
+    assert (run.model.rope.kind, run.model.rope.factor) == (kind, factor)
+    if kind != "default":
+        assert run.model.rope.original_context_tokens == base.context_tokens
+    assert run.lr.kind == "constant" and (run.optimizer.beta2, run.optimizer.weight_decay) == (0.95, 0)
+    if not small:
+        assert run.lr.peak == 2e-5 and run.lr.warmup_tokens == 20 * stage.batch_tokens
 
 
 # -- figures -----------------------------------------------------------------------------------------------
