@@ -97,7 +97,7 @@ def passkey_figure(found: Found, trained: int, choices: int) -> Figure:
                 axes.set_ylabel("depth")
             if block == len(blocks) - 1 and row == rows - 1 and column == 0:
                 axes.set_xlabel(
-                    "tokens in the row" + ("; dashed: trained so far" if 0 < border < len(lengths) else ""), loc="left"
+                    "tokens in the row" + ("; dashed: the length of training" if 0 < border < len(lengths) else ""), loc="left"
                 )
     return figure
 
