@@ -229,6 +229,15 @@ def test_what_a_model_likes_by_itself_is_no_retrieval():
     assert found["margin"] == pytest.approx(2) and found["exact"] == 1 and found["accuracy"] == pytest.approx(1 / 3)
 
 
+def test_up_to_the_length_of_training_there_is_one_treatment():
+    model = quick().model
+    assert beyond.treatments(model, (), 1024, (256, 512)) == [("as-trained", 256), ("as-trained", 512)]
+    beyond_it = [("as-trained", 256), ("as-trained", 512), ("yarn", 512)]
+    assert beyond.treatments(model, ("as-trained", "yarn"), 256, (512, 256)) == beyond_it
+    assert beyond.treatments(model, ("yarn",), 256, (256,)) == [("yarn", 256)], "a factor of one"
+    assert beyond.treatments(model, ("yarn",), 1024, (256, 512)) == []
+
+
 def test_long_rows_are_computed_without_a_square(mesh):
     how = beyond.execution(quick().model, 16_384)
     assert how.attention == "blocks"
@@ -309,6 +318,7 @@ def test_loss_by_position_of_a_checkpoint_from_elsewhere(tmp_path, capsys):
         (["--positions", "64", "--keys", "3"], 2, "--keys goes with --passkey"),
         (["--rope", "yarn"], 2, "--rope goes with --passkey or --positions"),
         (["--passkey", "64", "--every-tokens", "9", "--plots", "x"], 2, "--plots is of one checkpoint"),
+        (["--positions", "16", "--rope", "yarn"], 2, "--rope yarn: up to the 32 tokens of training there is only"),
         (["--passkey", "64"], 78, "a window of 64 tokens cannot hold the prompt"),
     ],
 )

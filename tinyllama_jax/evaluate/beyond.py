@@ -134,10 +134,10 @@ def at_lengths(
 
 
 def treatments(model: Model, ropes: Sequence[str], trained: int, lengths: Sequence[int]) -> list[tuple[str, int]]:
-    """(rope, length) of everything that can differ: up to the length of training all treatments are as-trained."""
+    """(rope, length) of everything that can differ: up to the length of training all treatments are as-trained.  Only
+    of that length alone each is itself, with a factor of one."""
     asked, lengths = suitable(model, ropes)[0], sorted(set(lengths))
-    differ = any(length > trained for length in lengths)
-    return [(r, n) for r in asked for n in lengths if r == "as-trained" or n > trained or not differ]
+    return [(r, n) for r in asked for n in lengths if r == "as-trained" or n > trained or lengths == [trained]]
 
 
 def _loss(params: Any, model: Model, mesh: jax.sharding.Mesh, text: Windows, length: int, masking: bool) -> dict:

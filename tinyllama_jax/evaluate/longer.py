@@ -131,10 +131,13 @@ def trained_as(loaded: Loaded) -> tuple[Run | None, int]:
 
 
 def treated(model: Model, ropes: Sequence[str], trained: int, lengths: Sequence[int], say: Say) -> None:
-    """Says which treatments make no sense for the model; raises UsageError when none of those asked for does."""
+    """Says which treatments make no sense for the model; raises UsageError when none of those asked for does,
+    or the lengths are too short for them."""
     left, why_not = beyond.suitable(model, ropes)
     if not left:
         raise UsageError(f"--rope {','.join(ropes)}: {why_not}")
+    if not beyond.treatments(model, ropes, trained, lengths):
+        raise UsageError(f"--rope {','.join(ropes)}: up to the {trained:,} tokens of training there is only as-trained")
     if why_not and any(length > trained for length in lengths):
         say(why_not)
 
