@@ -119,8 +119,10 @@ def test_the_list_of_options_is_meant():
             ]
             + ["--queue", "--rows", "--template", "--weights"]
         ),
-        "import": sorted([*common, "--context-tokens", "--out"]),
-        "export": sorted([*common, "--dtype", "--language", "--layout", "--license", "--out", "--shard-size"]),
+        "import": sorted([*common, "--base", "--context-tokens", "--out"]),
+        "export": sorted(
+            [*common, "--base-model", "--dtype", "--language", "--layout", "--license", "--out", "--shard-size"]
+        ),
         "inspect": sorted([*common, *settings, "--samples", "--seed", "--sequence-tokens", "--verify"]),
     }
 

@@ -96,9 +96,8 @@ def passkey_figure(found: Found, trained: int, choices: int) -> Figure:
             if column == 0:
                 axes.set_ylabel("depth")
             if block == len(blocks) - 1 and row == rows - 1 and column == 0:
-                axes.set_xlabel(
-                    "tokens in the row" + ("; dashed: the length of training" if 0 < border < len(lengths) else ""), loc="left"
-                )
+                dashed = "; dashed: the length of training" if 0 < border < len(lengths) else ""
+                axes.set_xlabel("tokens in the row" + dashed, loc="left")
     return figure
 
 
