@@ -113,7 +113,7 @@ def _own_store(checkpoint: str, loaded: Loaded, run: Run):
     store = ExampleStore.open(loaded.meta["store"]["path"])
     if store.pairs:
         raise ConfigError(
-            f"{checkpoint} learned from pairs of answers; their loss is in its validation.jsonl; name text with --corpus"
+            f"{checkpoint} learned from pairs; their loss is in its validation.jsonl; name text with --corpus"
         )
     return store
 
