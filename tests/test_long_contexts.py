@@ -63,7 +63,7 @@ def test_loss_by_position_is_what_measure_says_of_a_run(own, tmp_path, capsys):
     assert imread(tmp_path / "positions.png").shape[1] == 1600
     page = write_report(own).read_text()
     assert "Long windows, by position" in page and (own / "plots" / "positions.png").exists()
-    words = [own, "--positions", "32", "--sequences", "2", "--every-tokens", "2000"]
+    words = [own, "--positions", "32", "--rope", "as-trained", "--sequences", "2", "--every-tokens", "2000"]
     along = json.loads(said(capsys, *words, "--json").out)["evaluations"]
     assert len(along) > 1 and [e["new"] for e in along].count(False) == 1, "the newest has one"
     assert "as-trained 32: " in said(capsys, *words).out
@@ -73,7 +73,7 @@ def test_loss_by_position_of_a_checkpoint_from_elsewhere(tmp_path, capsys):
     checkpoint = tiny_checkpoint.make(tmp_path, context_tokens=64)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    words = [checkpoint, "--positions", "64,128", "--corpus", f"foxes={tmp_path}/text", "--rope", "linear"]
+    words = [checkpoint, "--positions", "128", "--corpus", f"foxes={tmp_path}/text", "--rope", "linear"]
     value = json.loads(said(capsys, *words, "--json").out)
     assert value["trained_tokens"] == 64, "its context" and list(value["positions"]["linear"]) == ["128"]
     assert list(value["positions"]["linear"]["128"]["domains"]) == ["foxes"]

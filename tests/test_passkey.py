@@ -133,7 +133,7 @@ def test_answers_are_what_whole_rows_and_greedy_generation_say(tokenizer, mesh):
     params = jax.jit(lambda key: jax.tree.map(lambda p: p * 3, transformer.init(model, key)))(jax.random.key(1))
     made = Prompts(text, "bos", keys=3, choices=3)
     assert made.answer_tokens > 1
-    prompts = made.at(190, (0.0, 1.0))
+    prompts = made.at(200, (0.0, 1.0))
     found = retrieval.answers(params, model, mesh, prompts, lambda ids: ",".join(map(str, ids)))
     rows = np.array([[*prompt.tokens, *ids] for prompt in prompts for ids in prompt.answers])
     nll = score(params, model, Execution(), mesh, rows)[:, -made.answer_tokens :].sum(1).reshape(len(prompts), -1)
@@ -144,7 +144,7 @@ def test_answers_are_what_whole_rows_and_greedy_generation_say(tokenizer, mesh):
         params, model, Execution(), [p.tokens for p in prompts], max_new_tokens=made.answer_tokens + 1, temperature=0
     )
     assert [answer.said for answer in found] == [",".join(map(str, ids)) for ids in said]
-    with pytest.raises(DataError, match="rows of 190 tokens exceed the model's context of 64"):
+    with pytest.raises(DataError, match="rows of 200 tokens exceed the model's context of 64"):
         retrieval.answers(params, replace(model, context_tokens=64), mesh, prompts, str)
 
 
