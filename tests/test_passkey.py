@@ -133,7 +133,7 @@ def test_answers_are_what_whole_rows_and_greedy_generation_say(tokenizer, mesh):
     params = jax.jit(lambda key: jax.tree.map(lambda p: p * 3, transformer.init(model, key)))(jax.random.key(1))
     made = Prompts(text, "bos", keys=3, choices=3)
     assert made.answer_tokens > 1
-    prompts = made.at(200, (0.0, 1.0))
+    prompts = made.at(240, (0.0, 1.0))
     found = retrieval.answers(params, model, mesh, prompts, lambda ids: ",".join(map(str, ids)))
     rows = np.array([[*prompt.tokens, *ids] for prompt in prompts for ids in prompt.answers])
     nll = score(params, model, Execution(), mesh, rows)[:, -made.answer_tokens :].sum(1).reshape(len(prompts), -1)
