@@ -144,7 +144,7 @@ def test_answers_are_what_whole_rows_and_greedy_generation_say(tokenizer, mesh):
         params, model, Execution(), [p.tokens for p in prompts], max_new_tokens=made.answer_tokens + 1, temperature=0
     )
     assert [answer.said for answer in found] == [",".join(map(str, ids)) for ids in said]
-    with pytest.raises(DataError, match="rows of 200 tokens exceed the model's context of 64"):
+    with pytest.raises(DataError, match="rows of 240 tokens exceed the model's context of 64"):
         retrieval.answers(params, replace(model, context_tokens=64), mesh, prompts, str)
 
 
