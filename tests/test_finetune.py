@@ -1,6 +1,7 @@
 """`finetune` from a small base: every kind of recipe, resumed exactly, its best step kept, its answers usable."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -200,3 +201,17 @@ def test_wrong_recipes_end_in_one_line(base, chats, tmp_path, capsys, changes, m
     assert finetune("experiments.finetune:lora", base, chats, tmp_path / "run", *LORA, *changes) == 78
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("tinyllama finetune: ") and message in error
+
+
+def test_a_foreign_base_learns_from_documentation(base, tmp_path):
+    """Of a Hugging Face directory, TINYLLAMA_HF_BASE=DIR if there is one, else the base as it is exported."""
+    folder = os.environ.get("TINYLLAMA_HF_BASE")
+    if not folder:
+        folder = str(tmp_path / "hf")
+        assert main(["export", "hf", str(base), "--out", folder]) == 0
+    assert main(["import", "hf", folder, "--out", str(tmp_path / "imported")]) == 0
+    run, settings = tmp_path / "run", ("adapter.rank=4", "epochs=0.5", "lr_peak=3e-3", "evaluations=2", "questions=[]")
+    settings += ("examples.template=none", "examples.loss_on=assistant")
+    assert finetune("experiments.finetune:lora", tmp_path / "imported", "docstrings:optax", run, *settings) == 0
+    losses = [loss for _, loss in best.losses(run)]
+    assert losses[-1] < losses[0] - 0.1, "on questions and answers that were held out"
