@@ -170,7 +170,7 @@ def _steps(
     checkpoints, tracker, profile, peers, stop, watchdog,
 ) -> None:  # fmt: skip
     """From `done` steps to the end of the plan."""
-    options = step.compiler_options(run.execution)
+    options = step.compiler_options(run)
     train_step = ballot.with_wants(step.make_train_step(run), mesh, peers, run.checkpoint.barrier_seconds, options)
     rate = learning_rate(run.lr, plan)
     examiner = Examiner(run, plan, store, pipeline, mesh, done, workdir, peers)
