@@ -68,7 +68,8 @@ def residual_rms_norm(x, branch, scale):
 
 def swiglu(gate, up):
     """What Mlp does between its products: the products are replaced by their results."""
-    mlp = types.SimpleNamespace(gate={...: gate}, up={...: up}, down={...: None})
+    given = {"gate": gate, "up": up, "down": None}
+    mlp = types.SimpleNamespace(**{name: types.SimpleNamespace(get_value=lambda v=v: v) for name, v in given.items()})
     with mock.patch.object(layers, "linear", lambda x, weight: x if weight is None else weight):
         return layers.Mlp.__call__(mlp, None)
 
