@@ -136,6 +136,15 @@ def test_arrays_may_be_donated_when_save_returns(tmp_path):
     np.testing.assert_array_equal(items["params"]["x"], expected)
 
 
+def test_a_time_of_day_that_jumps_fails_no_save(tmp_path, states, monkeypatch):
+    hours, real = iter(range(10**6)), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600 * next(hours))
+    with Checkpoints(tmp_path, keep_temporary=1) as checkpoints:
+        checkpoints.save(1, states[10], {}, permanent=True, blocking=True)
+    assert next(hours) > 10, "orbax looks at this clock"
+    assert checkpoints.steps() == [1]
+
+
 def test_a_save_waits_for_the_one_before(tmp_path, states):
     events = []
 

@@ -143,6 +143,8 @@ def _context(arrays: Mapping) -> ocp.Context:
     """Settings under which saving needs no memory beside `arrays`, and loading that of one of them."""
     context = ocp.Context()
     context.multiprocessing.active_processes = {jax.process_index()}  # no barriers
+    # Orbax counts its limit by the time of day, which may jump; and a disk that takes long is no failure.
+    context.asynchronous.timeout_secs = None
     context.memory.deepcopy_host_arrays = False  # nobody changes them while they are saved
     context.memory.read_concurrent_bytes = 1 + max(_n_bytes(array) for array in arrays.values())  # must be more
     context.pytree.loading.partial_load = True  # the caller knows what it leaves out
