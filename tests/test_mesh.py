@@ -21,7 +21,7 @@ from tinyllama_jax.train import state as train_state
 from tinyllama_jax.train import step
 from tinyllama_jax.train.checkpoint import Checkpoints
 
-SHAPES = [(1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 4, 2), (1, 1, 8, 1)]
+SHAPES = [(1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1)]
 ROWS, ACCUMULATION = 16, 2
 
 
@@ -69,16 +69,16 @@ def trained(shape, count=3, **settings):
         return weights, *steps(run, mesh, state, range(count))
 
 
-@pytest.mark.parametrize(
-    ("shape", "masking"), [*((shape, True) for shape in SHAPES), (SHAPES[0], False), (SHAPES[3], False)], ids=str
-)
+@pytest.mark.parametrize(("shape", "masking"), [*((shape, True) for shape in SHAPES), (SHAPES[3], False)], ids=str)
 def test_every_mesh_trains_as_one_device(shape, masking):
-    weights, curve, _ = trained(shape, masking=masking)
-    same_weights, same_curve, _ = trained((1, 1, 1, 1), masking=masking)
+    weights, curve, state = trained(shape, masking=masking)
+    same_weights, same_curve, same_state = trained((1, 1, 1, 1), masking=masking)
     # The random bits are the same; how their last float is rounded is up to the compiler (of JAX 0.12 on CPUs).
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), weights, same_weights)
     np.testing.assert_allclose(curve, same_curve, rtol=0, atol=1e-5)
     assert abs(curve[0, 0] - curve[2, 0]) > 1e-3  # the steps did something
+    after, same_after = jax.device_get((state["params"], same_state["params"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4), after, same_after)
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_optimizer_state_lies_as_the_weights():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1), (1, 2, 1, 4), (1, 2, 4, 1), (2, 1, 2, 2)],
+    [(1, 1, 1, 1), (1, 2, 1, 4), (2, 1, 2, 2)],
     ids=str,
 )
 def test_a_checkpoint_goes_on_over_another_mesh(tmp_path, shape):
