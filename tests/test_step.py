@@ -43,14 +43,14 @@ def losses(run, batches, *, accumulation=1, mesh=ONE, lr=1e-3):
         return np.array(out), jax.device_get(state["params"])
 
 
-@pytest.mark.parametrize(("masking", "parts_of_it"), [(False, [4]), (True, [2, 8])])
-def test_the_loss_does_not_depend_on_accumulation(masking, parts_of_it):
+@pytest.mark.parametrize("masking", [False, True])
+def test_the_loss_does_not_depend_on_accumulation(masking):
     run = quick()
     run = replace(run, data=replace(run.data, document_masking=masking))
     batch = batch_of(run)
     batch["valid"] = np.random.default_rng(1).random(batch["valid"].shape) < 0.7  # unequal counts per micro-batch
     whole, _ = losses(run, [batch] * 3)
-    for accumulation in parts_of_it:
+    for accumulation in (2, 4, 8):
         parts, _ = losses(run, [batch] * 3, accumulation=accumulation)
         np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
         np.testing.assert_allclose(parts, whole, rtol=2e-5)  # after updates rounding has had time to spread
@@ -86,6 +86,16 @@ def test_masked_tokens_do_not_count():
     assert one[0, 0] == pytest.approx(np.average(per_row, weights=counts), rel=1e-6)
 
 
+@pytest.mark.parametrize(("replica", "data"), [(2, 4), (1, 2)])
+def test_every_mesh_gives_the_losses_of_one_device(replica, data):
+    run = quick()
+    batches = [batch_of(run, seed=seed) for seed in range(6)]
+    one, params_one = losses(run, batches)
+    many, params_many = losses(run, batches, mesh=Mesh(replica=replica, data=data))
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4), params_one, params_many)
+
+
 def test_weights_and_optimizer_state_are_really_sharded():
     run = quick()
     mesh = make_mesh(Mesh(replica=1, data=8))
@@ -117,19 +127,23 @@ def test_dropout_depends_on_the_step_and_on_nothing_else():
     batch = batch_of(run)
     first, _ = losses(run, [batch, batch], lr=0.0)
     again, _ = losses(run, [batch, batch], lr=0.0)
+    sharded, _ = losses(run, [batch, batch], lr=0.0, mesh=Mesh(replica=1, data=8))
     assert (first == again).all()
     assert abs(first[0, 0] - first[1, 0]) > 1e-4
+    np.testing.assert_allclose(sharded, first, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_remat_and_unrolled_layers_change_nothing():
-    """In whole steps; test_transformer.py has each by itself."""
     run = quick()
     batches = [batch_of(run, seed=seed) for seed in range(2)]
     plain, _ = losses(run, batches)
     for execution in (
-        Execution(remat="full", loss_chunk_tokens=7),
-        Execution(remat="save_dots_and_attention", scan_layers=False),
+        Execution(remat="full"),
+        Execution(remat="save_dots"),
+        Execution(remat="save_dots_and_attention"),
+        Execution(scan_layers=False),
+        Execution(loss_chunk_tokens=7),
     ):
         np.testing.assert_allclose(losses(replace(run, execution=execution), batches)[0], plain, rtol=1e-5)
 

@@ -82,11 +82,8 @@ def assert_same(got, want, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), got[1], want[1])
 
 
-@pytest.mark.parametrize(
-    ("mesh", "chunk", "tied"),
-    [(config.Mesh(), 2048, False), (config.Mesh(replica=2), 5, True)],
-    ids=["1x8-untied", "2x4-tied"],
-)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("mesh", "chunk"), [(config.Mesh(), 2048), (config.Mesh(replica=2), 5)], ids=["1x8", "2x4"])
 def test_every_mesh_has_the_same_loss_and_gradients(mesh, chunk, tied):
     cfg = replace(CFG, tied_embeddings=tied)
     got = loss_and_gradients(cfg, Execution(loss_chunk_tokens=chunk), sharding.make_mesh(mesh))
